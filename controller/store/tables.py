@@ -1,0 +1,253 @@
+"""The tables of the control database, for SQLite and PostgreSQL alike.
+
+Columns and keys only: queries live in one file per noun beside this one. One row per device plus
+counters: no parent row embeds its children. Times are Unix seconds (float64) by the server's clock.
+JSON columns hold plain data; what is judged later (policies, inputs) is stored as it was judged.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER keys only
+
+meta = Table(  # term, schema facts, Git head: one value a key
+    "meta",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("value", JSON, nullable=False),
+)
+
+devices = Table(  # the registry: who a device is; what it runs is telemetry's
+    "devices",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("fleet", String(63), nullable=False, index=True),
+    Column("labels", JSON, nullable=False),
+    Column("status", String(16), nullable=False),  # pending | active | retired | quarantined
+    Column("password_issue", Integer, nullable=False, default=0),  # raised at each (re)enrolment
+    Column("term", Integer, nullable=False, default=0),  # added to the controller's: replaced board
+    Column("created_at", Double, nullable=False),
+    Column("enrolled_at", Double),
+    Column("moved_at", Double),  # evidence before this instant belongs to the fleet before
+    Column("replaces", String(63)),
+    Column("change", Big, nullable=False, index=True),  # meta counter `registry`: what is new
+)
+
+enrolment_tokens = Table(
+    "enrolment_tokens",
+    metadata,
+    Column("hash", String(64), primary_key=True),  # sha256 of the one-time token
+    Column("device", ForeignKey("devices.id"), nullable=False, index=True),
+    Column("expires_at", Double, nullable=False),
+    Column("used_at", Double),
+)
+
+api_tokens = Table(
+    "api_tokens",
+    metadata,
+    Column("id", String(26), primary_key=True),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("name", String(128), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("fleets", JSON, nullable=False),  # list of fleets, empty: all
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
+)
+
+artifacts = Table(  # index of the content store; the bytes are files named by their digest
+    "artifacts",
+    metadata,
+    Column("digest", String(71), primary_key=True),
+    Column("size", Big, nullable=False),
+    Column("component", String(63), nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("stored_at", Double, nullable=False),
+)
+
+releases = Table(  # immutable: every release document that an accepted commit has shown
+    "releases",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("digest", String(71), nullable=False, index=True),
+    Column("document", JSON, nullable=False),
+    Column("commit", String(64), nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("id", String(26), primary_key=True),  # ULID
+    Column("name", String(63), nullable=False, index=True),  # of the Rollout manifest
+    Column("fleet", String(63), nullable=False, index=True),
+    Column("release", String(63), nullable=False),
+    Column("digest", String(71), nullable=False),
+    Column("artifacts", JSON, nullable=False),  # component → artifact digest
+    Column("commit", String(64), nullable=False),
+    Column("author", String(256), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("sentence", Text, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("opened_at", Double, nullable=False),
+    Column("step_at", Double, nullable=False),  # when the current step opened
+    Column("soak", Double, nullable=False, default=0),  # seconds soaked in this step, with reports
+    Column("soak_mark", Double),  # when soak was last advanced
+    Column("finished_at", Double),
+    Column("updated_at", Double, nullable=False),
+    Column("seed", String(64), nullable=False),  # of the draw: fixed by the commit
+    Column("pinned", JSON, nullable=False),  # {rollout, fleet, policy, release}: as at opening
+    Column("flags", JSON, nullable=False),  # promoted steps, paused by whom, stops seen, …
+    Index("ix_rollouts_fleet_state", "fleet", "state"),
+)
+
+members = Table(  # drawn once, never moved by a score
+    "members",
+    metadata,
+    Column("rollout", ForeignKey("rollouts.id"), primary_key=True),
+    Column("device", String(63), primary_key=True),
+    Column("step", Integer, nullable=False),
+    Column("arm", String(10), nullable=False),  # exposed | control
+    Column("drawn_at", Double, nullable=False),
+    Column("hardware", String(64), nullable=False),
+    Column("band", Integer, nullable=False),  # score quintile 0–4, −1 unscored
+    Column("score", Double),
+    Column("previous", JSON),  # component → ComponentOrder data: its own set before
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False, default=""),
+    Column("attempt", String(128)),
+    Column("told_at", Double),
+    Column("exposed_at", Double),  # first contact after TRIAL or, for controls, the step's opening
+    Column("left_at", Double),  # censored here: updated, moved, retired, other component changed
+    Column("updated_at", Double, nullable=False),
+    Index("ix_members_state", "rollout", "state"),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("id", String(26), primary_key=True),  # ULID
+    Column("rollout", ForeignKey("rollouts.id"), nullable=False),
+    Column("at", Double, nullable=False),
+    Column("kind", String(16), nullable=False),  # open | draw | verdict | command | state
+    Column("verdict", String(16), nullable=False),
+    Column("sentence", Text, nullable=False),
+    Column("inputs", JSON, nullable=False),
+    Column("numbers", JSON, nullable=False),  # A, E_m, F_m, bands, counts
+    Column("watermark", Big, nullable=False),
+    Column("commit", String(64), nullable=False),
+    Column("policy", JSON, nullable=False),
+    Column("term", Integer, nullable=False),
+    Index("ix_decisions_rollout_at", "rollout", "at"),
+)
+
+commands = Table(  # what people want; the loop decides
+    "commands",
+    metadata,
+    Column("id", String(26), primary_key=True),
+    Column("kind", String(16), nullable=False),  # rollback hold lift pause resume promote stop
+    Column("rollout", String(26)),
+    Column("body", JSON, nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("incident", String(128)),
+    Column("at", Double, nullable=False),
+    Column("state", String(10), nullable=False, index=True),  # recorded | done | refused
+    Column("result", Text, nullable=False, default=""),
+    Column("done_at", Double),
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("id", String(26), primary_key=True),  # ULID, also the file's name in Git
+    Column("rollout", String(63), nullable=False),  # name of the Rollout manifest
+    Column("fleet", String(63), nullable=False),
+    Column("release", String(63), nullable=False),
+    Column("digest", String(71), nullable=False),
+    Column("artifacts", JSON, nullable=False),  # rejected artifact digests
+    Column("to", String(63), nullable=False),  # stay | previous | <release>
+    Column("scope", JSON, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("incident", String(128)),
+    Column("created_at", Double, nullable=False),
+    Column("commit", String(64)),  # where Git has it; None: still to be recorded
+    Column("lift", String(26)),
+    Column("lifted_at", Double),
+    Column("lifted_by", String(128)),
+    Column("lift_reason", Text),
+    Column("lift_commit", String(64)),
+)
+
+stops = Table(  # stop everything: no new activation in scope
+    "stops",
+    metadata,
+    Column("id", String(26), primary_key=True),
+    Column("scope", String(16), nullable=False),  # all | product | hardware | digest
+    Column("value", String(128), nullable=False, default=""),
+    Column("reason", Text, nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("at", Double, nullable=False),
+    Column("lifted_at", Double),
+    Column("lifted_by", String(128)),
+)
+
+desired = Table(  # the last order of each device, signed; the broker is a cache of this
+    "desired",
+    metadata,
+    Column("device", String(63), primary_key=True),
+    Column("term", Integer, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("attempt", String(128), nullable=False),
+    Column("kind", String(10), nullable=False),
+    Column("components", JSON, nullable=False),  # component → digest
+    Column("rollout", String(26)),
+    Column("body", LargeBinary, nullable=False),  # the envelope as published
+    Column("at", Double, nullable=False),
+    Column("published", Boolean, nullable=False, index=True),
+)
+
+audit = Table(  # append-only and chained
+    "audit",
+    metadata,
+    Column("seq", Big, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("subject", String(128), nullable=False),
+    Column("detail", JSON, nullable=False),
+    Column("previous", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
+    UniqueConstraint("hash"),
+)
+
+proven = Table(  # newest completed, unheld release per (fleet, component, hardware)
+    "proven",
+    metadata,
+    Column("fleet", String(63), primary_key=True),
+    Column("component", String(63), primary_key=True),
+    Column("hardware", String(64), primary_key=True),
+    Column("release", String(63), nullable=False),
+    Column("digest", String(71), nullable=False),  # artifact digest
+    Column("rollout", String(26)),
+    Column("at", Double, nullable=False),
+)

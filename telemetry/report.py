@@ -1,0 +1,109 @@
+"""What the store holds of the devices' words: the frozen rows that evidence and the loop read.
+
+Only data here. `telemetry.store` writes and reads these rows, `telemetry.evidence` and
+`controller.loop` fold them. Times are Unix seconds by the server's clock unless said otherwise.
+
+The *hearing clock* counts the seconds in which the server could hear (its loopback probe went
+through broker and ingest). Silence is measured on it, so an outage of ours silences nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from device_agent.protocol import ComponentReport, HistoryEntry, State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRow:
+    """The last word of one device: the winner by (boot_count, seq), and when we heard it last."""
+
+    device: str
+    change: int  # batch number of the last change: `TelemetryReader.devices_changed` pages by it
+    last_contact: float  # any accepted message; server time
+    heard_clock: float  # the hearing clock at last contact, seconds
+    online: bool  # by presence and will
+    sleeping_until: float | None
+    boot: str
+    boot_count: int
+    reported_at: float | None  # when the last `reported` came; None: never
+    state: State | None
+    reason: str | None = None
+    blocked_by: tuple[str, ...] = ()
+    attempt: str | None = None
+    term: int = 0
+    generation: int = 0
+    components: Mapping[str, ComponentReport] = field(default_factory=dict)
+    history: tuple[HistoryEntry, ...] = ()
+    log: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """n, sum and sum of squares of one gauge's samples in one message."""
+
+    n: int
+    total: float
+    squares: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthRow:
+    """One accepted, counted-once health message."""
+
+    batch: int  # the watermark this message belongs to
+    device: str
+    received_at: float
+    boot: str
+    seq: int
+    attempt: str | None
+    components: Mapping[str, str]  # component → digest active during the interval
+    t0: float  # device clock
+    seconds: float  # dt × samples: the length of the interval
+    levels: Mapping[str, Level]
+    counters: Mapping[str, int]
+    exposure: Mapping[str, float]  # unit (device_hour, km, …) → amount
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Counts and exposures of many devices over a window: what the score reads.
+
+    `devices` has n entries; each table maps a name to float64 arrays of shape (n,).
+    """
+
+    devices: Sequence[str]
+    counters: Mapping[str, npt.NDArray[np.float64]]
+    exposure: Mapping[str, npt.NDArray[np.float64]]
+    levels: Mapping[str, npt.NDArray[np.float64]]  # means; NaN where a device has no sample
+
+
+class TelemetryReader(Protocol):
+    """What the controller asks of the telemetry store. Reading only: ingest alone writes."""
+
+    def watermark(self) -> int:
+        """Number of the last committed ingest batch; 0 before the first."""
+        ...
+
+    def hearing(self) -> tuple[float, float]:
+        """(hearing clock in seconds, server time of its last advance)."""
+        ...
+
+    def devices_changed(self, since: int) -> Sequence[DeviceRow]:
+        """Rows with `change` > since, in order of change. since=0 gives the whole fleet."""
+        ...
+
+    def device(self, device: str) -> DeviceRow | None: ...
+
+    def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
+        """Messages of batches > `batch`, whole batches, at most about `limit` rows."""
+        ...
+
+    def totals(self, *, since: float, until: float) -> Totals:
+        """Sums from the rollups over [since, until) by the samples' own (bounded) time."""
+        ...

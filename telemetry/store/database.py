@@ -1,0 +1,61 @@
+"""Opens a database: SQLite in WAL mode with every commit synced, or PostgreSQL by URL.
+
+Both stores use it; it knows no tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import make_url
+
+BUSY_MS = 10_000  # how long a writer waits for another one
+
+
+def open_engine(url: str) -> Engine:
+    """An engine for `sqlite:///file` or `postgresql+psycopg://…`; raises ValueError for others."""
+    backend = make_url(url).get_backend_name()
+    if backend == "sqlite":
+        return _sqlite(url)
+    if backend == "postgresql":
+        return create_engine(url, pool_pre_ping=True)
+    raise ValueError(f"{backend}: use sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE")
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """One transaction that may write: committed at the end, rolled back by an exception."""
+    with engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """One consistent view that takes no write lock."""
+    with engine.connect().execution_options(bellwether_reading=True) as connection:
+        yield connection
+        connection.rollback()
+
+
+def _sqlite(url: str) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000})
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves, see below
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        if connection.get_execution_options().get("bellwether_reading"):
+            connection.exec_driver_sql("BEGIN")
+            return
+        # IMMEDIATE: a read that becomes a write in mid-transaction fails with "locked" at once,
+        # whatever the timeout; taking the lock first makes the second writer wait instead.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
