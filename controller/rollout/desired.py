@@ -1,0 +1,338 @@
+"""Decides what every component of one device must be: one map, from all rollouts and holds.
+
+Pure. Rules, in order, for each component (the first that speaks wins):
+
+1. A device that is not active in the registry gets nothing.
+2. Base: what it was last told. What the fleet has proven since then is newer and wins; so it does
+   for a newcomer, that was never told anything. A digest nobody knows is kept (`onUnknown: keep`).
+3. A rollout whose member it is (told, not left) replaces the base for the components it changes.
+4. A digest that a hold rejects is replaced by the hold's destination: `stay` keeps what runs,
+   `previous` is what this device itself committed before, else the proven release.
+5. Rolling back X rolls back what requires X; where that cannot be, the device stays and says why.
+6. A stop lets nothing new start: components that are not running yet fall back to what runs.
+
+An order is `rollback` when any component goes back; it carries no lease and waits for nothing but
+the device's own safety.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from controller.manifests.kinds import Release
+from controller.rollout.model import (
+    ActiveHold,
+    ActiveStop,
+    Arm,
+    Device,
+    Member,
+    MemberState,
+    Order,
+    Proven,
+    Rollout,
+    Told,
+)
+from device_agent.protocol import ComponentReport, Kind
+
+_NOT_TOLD = frozenset({MemberState.DRAWN, MemberState.LEFT})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """Every release ever seen, by name, and who owns an artifact digest."""
+
+    releases: Mapping[str, Release]
+
+    def owner(self, component: str, digest: str, hint: str | None = None) -> Release | None:
+        """The release that brings this artifact; `hint` (a name) wins where several do."""
+        named = self.releases.get(hint) if hint else None
+        for release in ([named] if named else []) + list(self.releases.values()):
+            artifact = release.components.get(component)
+            if artifact is not None and artifact.digest == digest:
+                return release
+        return None
+
+    def version(self, component: str, digest: str) -> str | None:
+        release = self.owner(component, digest)
+        return release.version if release else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Everything that bears on one device."""
+
+    device: Device
+    running: Mapping[str, ComponentReport]  # by its last report; empty: never heard
+    last: Order | None
+    memberships: Sequence[tuple[Rollout, Member]]  # rollouts that may still speak, oldest first
+    past: Mapping[str, Member]  # rollout name → its newest membership, for `previous`
+    holds: Sequence[ActiveHold]
+    stops: Sequence[ActiveStop]
+    proven: Mapping[str, Proven]  # component → for this hardware
+    on_unknown: str = "keep"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    kind: Kind
+    components: Mapping[str, Told]
+    attempt: str
+    security_epoch: int = 0
+    preconditions: tuple[str, ...] = ()
+    blocked: tuple[str, ...] = ()  # sentences: "cannot roll back: …"
+
+
+def compose(place: Place, catalog: Catalog, now: float) -> Target | None:
+    """What this device must be; None when there is nothing to say."""
+    if not place.device.governed:
+        return None
+    chosen: dict[str, Told] = {}
+    attempts: list[str] = []
+    back = False
+    blocked: list[str] = []
+    for component in _components(place):
+        base = _base(place, component, catalog, now)
+        base, attempt, returning = _by_rollout(place, component, base, now)
+        after, went_back, hold = _by_holds(place, component, base, catalog, now)
+        after = _by_stops(place, component, after, now)
+        if after is None:
+            continue
+        if hold is not None:
+            attempts.append(f"{hold.id}.back")
+        elif attempt:
+            attempts.append(attempt)
+        back = back or went_back or returning
+        chosen[component] = after
+    if not chosen:
+        return None
+    chosen, more, sentences = _by_requirements(place, chosen, catalog, now)
+    back, blocked = back or more, blocked + sentences
+    return Target(
+        kind=Kind.ROLLBACK if back else Kind.INSTALL,
+        components=chosen,
+        attempt=attempts[-1] if attempts else _proven_attempt(chosen),
+        security_epoch=_epoch(chosen, catalog),
+        preconditions=_preconditions(chosen, catalog),
+        blocked=tuple(blocked),
+    )
+
+
+def differs(target: Target, last: Order | None, running: Mapping[str, ComponentReport]) -> bool:
+    """Must an order go out? Not to a device that was never told and runs the target already."""
+    wanted = {c: told.digest for c, told in target.components.items()}
+    if last is not None:
+        ordered = {c: told.digest for c, told in last.components.items()}
+        return wanted != ordered or last.kind == Kind.NONE
+    return any(c not in running or running[c].digest != d for c, d in wanted.items())
+
+
+def satisfied(release: Release, installed: Mapping[str, str | None]) -> tuple[bool, str]:
+    """Do these versions (component → version) meet what the release requires? With the sentence."""
+    for need in release.requires:
+        version = installed.get(need.component)
+        if version is None:
+            return False, f"{release.name} requires {need.component}{need.version}: not installed"
+        if not in_range(version, need.version):
+            return False, f"{release.name} requires {need.component}{need.version}, has {version}"
+    return True, ""
+
+
+def in_range(version: str, spec: str) -> bool:
+    """Is the version in the range (">=2.1")? What is no version compares as text for equality."""
+    try:
+        return SpecifierSet(spec).contains(Version(version), prereleases=True)
+    except (InvalidVersion, InvalidSpecifier):
+        return version == spec.lstrip("=")
+
+
+def _components(place: Place) -> list[str]:
+    names = set(place.proven)
+    if place.last:
+        names |= set(place.last.components)
+    for rollout, member in place.memberships:
+        if member.state not in _NOT_TOLD:
+            names |= set(rollout.artifacts)
+    for hold in place.holds:
+        names |= {c for c, report in place.running.items() if report.digest in hold.artifacts}
+    return sorted(names)
+
+
+def _base(place: Place, component: str, catalog: Catalog, now: float) -> Told | None:
+    told = place.last.components.get(component) if place.last else None
+    proven = place.proven.get(component)
+    running = place.running.get(component)
+    if told is not None and (proven is None or proven.at <= told.at):
+        return told
+    known = running is None or catalog.owner(component, running.digest) is not None
+    if not known and place.on_unknown != "converge":
+        return told
+    if proven is not None:
+        return Told(release=proven.release, digest=proven.digest, at=proven.at, rollout=None)
+    if told is not None or running is None:
+        return told
+    return Told(release=running.release, digest=running.digest, at=0.0, rollout=None)
+
+
+def _by_rollout(
+    place: Place, component: str, base: Told | None, now: float
+) -> tuple[Told | None, str | None, bool]:
+    for rollout, member in reversed(place.memberships):
+        if member.arm is Arm.CONTROL or member.state in _NOT_TOLD:
+            continue
+        digest = rollout.artifacts.get(component)
+        at = member.told_at or now
+        if digest is None or (base is not None and base.at > at and base.rollout is not None):
+            continue
+        proven = place.proven.get(component)
+        if proven is not None and proven.at > at:
+            continue
+        told = Told(release=rollout.release, digest=digest, at=at, rollout=rollout.id)
+        return told, member.attempt, member.arm is Arm.RETURNING
+    return base, None, False
+
+
+def _by_holds(
+    place: Place, component: str, base: Told | None, catalog: Catalog, now: float
+) -> tuple[Told | None, bool, ActiveHold | None]:
+    """(what to run, does it go back, the hold that says so)."""
+    running = place.running.get(component)
+    back, spoke = False, None
+    tried: set[str] = set()
+    for _ in range(len(place.holds) + 1):
+        hold = _rejecting(place.holds, component, base, running)
+        if hold is None:
+            break
+        spoke = hold
+        digest = base.digest if base else (running.digest if running else "")
+        tried.add(digest)
+        base = _destination(place, component, hold, digest, tried, catalog, now)
+        if hold.to == "stay" and base is not None and base.digest == digest:
+            break
+        back = True
+        if base is None:
+            return None, False, spoke
+    if running is None or base is None or spoke is None:
+        return base, back, spoke
+    return base, back or running.digest in spoke.artifacts, spoke
+
+
+def _rejecting(
+    holds: Sequence[ActiveHold],
+    component: str,
+    base: Told | None,
+    running: ComponentReport | None,
+) -> ActiveHold | None:
+    digest = base.digest if base else (running.digest if running else None)
+    return next((h for h in reversed(holds) if digest in h.artifacts), None)
+
+
+def _destination(
+    place: Place,
+    component: str,
+    hold: ActiveHold,
+    digest: str,
+    tried: set[str],
+    catalog: Catalog,
+    now: float,
+) -> Told | None:
+    running = place.running.get(component)
+    if hold.to == "stay":
+        if running is not None and running.digest == digest:
+            return Told(release=running.release, digest=digest, at=now, rollout=None)
+    elif hold.to != "previous":
+        release = catalog.releases.get(hold.to)
+        artifact = release.components.get(component) if release else None
+        if release is not None and artifact is not None and artifact.digest not in tried:
+            return Told(release=release.name, digest=artifact.digest, at=now, rollout=None)
+    member = place.past.get(hold.rollout)
+    own = (member.previous or {}).get(component) if member else None
+    if own and own["digest"] not in tried:
+        return Told(release=own["release"], digest=own["digest"], at=now, rollout=None)
+    if running is not None and running.digest not in tried and running.committed:
+        return Told(release=running.release, digest=running.digest, at=now, rollout=None)
+    proven = place.proven.get(component)
+    if proven is not None and proven.digest not in tried:
+        return Told(release=proven.release, digest=proven.digest, at=now, rollout=None)
+    return None
+
+
+def _by_stops(place: Place, component: str, wanted: Told | None, now: float) -> Told | None:
+    running = place.running.get(component)
+    if wanted is None or running is None or running.digest == wanted.digest:
+        return wanted
+    if wanted.rollout is None or not stopped(place.device, [wanted.digest], place.stops):
+        return wanted  # going back, or to the proven set, is never stopped
+    return Told(release=running.release, digest=running.digest, at=now, rollout=None)
+
+
+def stopped(device: Device, digests: Iterable[str], stops: Sequence[ActiveStop]) -> bool:
+    """Is a new activation of these digests on this device within a stop?"""
+    wanted = set(digests)
+    return any(
+        stop.scope == "all"
+        or (stop.scope == "hardware" and device.hardware == stop.value)
+        or (stop.scope == "digest" and stop.value in wanted)
+        or (stop.scope == "product" and device.labels.get("product", device.fleet) == stop.value)
+        for stop in stops
+    )
+
+
+def _by_requirements(
+    place: Place, chosen: dict[str, Told], catalog: Catalog, now: float
+) -> tuple[dict[str, Told], bool, list[str]]:
+    """Roll back what requires the set that is going back; say so where that cannot be."""
+    back, sentences = False, []
+    for component, told in sorted(chosen.items()):
+        release = catalog.owner(component, told.digest, told.release)
+        if release is None:
+            continue
+        versions = {c: catalog.version(c, t.digest) for c, t in chosen.items()}
+        for other, report in place.running.items():
+            versions.setdefault(other, catalog.version(other, report.digest))
+        ok, why = satisfied(release, versions)
+        if ok:
+            continue
+        own = _own_previous(place, component)
+        older = catalog.owner(component, own.digest, own.release) if own else None
+        if own and older and satisfied(older, versions)[0]:
+            chosen[component] = replace(own, at=now)
+            back = True
+            continue
+        running = place.running.get(component)
+        sentences.append(f"cannot roll back: {why}")
+        for need in release.requires:  # leave the pair as it runs, until the fix-forward
+            held = place.running.get(need.component)
+            if held is not None and running is not None and running.digest == told.digest:
+                chosen[need.component] = Told(
+                    release=held.release, digest=held.digest, at=now, rollout=None
+                )
+    return chosen, back, sentences
+
+
+def _own_previous(place: Place, component: str) -> Told | None:
+    for member in place.past.values():
+        own = (member.previous or {}).get(component)
+        running = place.running.get(component)
+        if own and (running is None or own["digest"] != running.digest):
+            return Told(release=own["release"], digest=own["digest"], at=0.0, rollout=None)
+    return None
+
+
+def _proven_attempt(chosen: Mapping[str, Told]) -> str:
+    newest = max(chosen.values(), key=lambda told: (told.at, told.release))
+    return f"proven.{newest.release}"
+
+
+def _epoch(chosen: Mapping[str, Told], catalog: Catalog) -> int:
+    owners = (catalog.owner(c, t.digest, t.release) for c, t in chosen.items())
+    return max((owner.security_epoch for owner in owners if owner), default=0)
+
+
+def _preconditions(chosen: Mapping[str, Told], catalog: Catalog) -> tuple[str, ...]:
+    owners = (catalog.owner(c, t.digest, t.release) for c, t in chosen.items())
+    names = {name for o in owners if o and o.install for name in o.install.requires}
+    return tuple(sorted(names))
