@@ -1,0 +1,234 @@
+"""Decides which rollouts a commit opens, and what becomes of the one before.
+
+Pure. Rules, in order, for each Rollout manifest of the accepted head:
+
+1. A broken or suspended one opens nothing; the last good state stays in force.
+2. The digest that its newest rollout already has changes nothing, whatever its name or notes say;
+   after a hold of that digest was lifted it opens again, at step 0.
+3. A digest in force of a hold (the release's or any artifact's) opens nothing, and says so.
+4. A running rollout is superseded, waited for, or wins, by `onNewRelease`.
+5. `fixes: X` gets a first wave among the devices that ran X.
+6. A digest that a device itself has run in health, and that no hold ever named, goes back to it at
+   rollback pace (`git revert`); every other device goes through the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+
+from controller.manifests import kinds
+from controller.rollout.model import (
+    ActiveHold,
+    Arm,
+    Member,
+    MemberState,
+    Rollout,
+    RolloutState,
+)
+from controller.rollout.waves import pin
+from controller.rollout.world import Action, Change, Decision, Head, Notice, Open, Put, World
+from telemetry.report import DeviceRow
+
+
+def decide(world: World, now: float) -> Iterator[Action]:
+    if world.head is None:
+        return
+    for name in sorted(world.head.manifests.rollouts):
+        yield from _one(world, world.head, world.head.manifests.rollouts[name], now)
+
+
+def _one(world: World, head: Head, wanted: kinds.Rollout, now: float) -> Iterator[Action]:
+    if wanted.name in head.blocked:
+        return
+    manifests = head.manifests
+    release = manifests.releases.get(wanted.release)
+    fleet = manifests.fleets.get(wanted.fleet)
+    policy = manifests.policies.get(fleet.health_policy) if fleet else None
+    if release is None or fleet is None or policy is None:
+        return  # admission has shown why
+    last = newest(world, wanted.name)
+    if last is not None and not _may_open(world, last, release):
+        return
+    artifacts = {c: artifact.digest for c, artifact in release.components.items()}
+    hold = rejecting(world, fleet.name, release.digest, artifacts)
+    if hold is not None:
+        yield Notice(
+            name=wanted.name,
+            sentence=f"{wanted.release} is rejected by hold {hold.id} ({hold.reason}): "
+            "name another release, or lift the hold",
+        )
+        return
+    if wanted.suspend:
+        yield Notice(name=wanted.name, sentence=f"{wanted.release} waits: the rollout is suspended")
+        return
+    if last is not None and last.active:
+        mode = str(wanted.strategy.on_new_release)
+        if mode != "supersede":
+            verb = "waits for" if mode == "queue" else "is rejected while there is"
+            yield Notice(name=wanted.name, sentence=f"{wanted.release} {verb} {last.release}")
+            return
+        yield from _supersede(last, wanted.release, now)
+    yield from _open(world, head, wanted, fleet, policy, release, artifacts, now)
+
+
+def newest(world: World, name: str) -> Rollout | None:
+    named = [r for r in world.rollouts.values() if r.name == name]
+    return max(named, key=lambda r: (r.opened_at, r.id), default=None)
+
+
+def rejecting(
+    world: World, fleet: str, digest: str, artifacts: dict[str, str]
+) -> ActiveHold | None:
+    return next((h for h in world.holds if h.fleet == fleet and h.rejects(digest, artifacts)), None)
+
+
+def _may_open(world: World, last: Rollout, release: kinds.Release) -> bool:
+    if last.digest != release.digest:
+        return True
+    ended = (RolloutState.ROLLED_BACK, RolloutState.HELD, RolloutState.ROLLING_BACK)
+    in_force = any(
+        h.fleet == last.fleet and h.rejects(last.digest, last.artifacts) for h in world.holds
+    )
+    return last.state in ended and not in_force
+
+
+def _supersede(last: Rollout, by: str, now: float) -> Iterator[Action]:
+    sentence = f"SUPERSEDED — {by} was committed in its place; its devices keep what they have"
+    yield Change(
+        rollout=replace(
+            last,
+            state=RolloutState.SUPERSEDED,
+            sentence=sentence,
+            revision=last.revision + 1,
+            finished_at=now,
+            updated_at=now,
+        )
+    )
+    yield Decision(rollout=last.id, kind="state", verdict="Superseded", sentence=sentence)
+
+
+def _open(
+    world: World,
+    head: Head,
+    wanted: kinds.Rollout,
+    fleet: kinds.Fleet,
+    policy: kinds.HealthPolicy,
+    release: kinds.Release,
+    artifacts: dict[str, str],
+    now: float,
+) -> Iterator[Action]:
+    ran = who_ran(world, fleet.name, release.fixes) if release.fixes else []
+    pinned = pin(wanted, fleet, policy, release, fixes=release.fixes if len(ran) >= 2 else None)
+    times = sum(1 for r in world.rollouts.values() if r.name == wanted.name)
+    # One commit opens one rollout of a name: its id follows from them, so that a controller that
+    # died after the opening finds the same one again.
+    seed = sha256(f"{head.commit}/{wanted.name}/{release.digest}/{times}".encode()).hexdigest()
+    state = RolloutState.PAUSED if world.recovered else RolloutState.PROGRESSING
+    sentence = f"OPENED — {release.name} for {fleet.name}: {len(pinned.waves)} steps"
+    if world.recovered:
+        sentence = (
+            f"PAUSED — {release.name}: the control database is new but the devices were told "
+            "things before; `resume` when that is right"
+        )
+    rollout = Rollout(
+        id="",  # the loop gives it
+        name=wanted.name,
+        fleet=fleet.name,
+        release=release.name,
+        digest=release.digest,
+        artifacts=artifacts,
+        commit=head.commit,
+        author=head.author,
+        state=state,
+        sentence=sentence,
+        revision=1,
+        step=0,
+        opened_at=now,
+        step_at=now,
+        updated_at=now,
+        seed=seed,
+        pinned=pinned.to_json(),
+        flags={"before": _before(world, fleet.name, artifacts)},
+    )
+    yield Open(rollout=rollout, pinned=pinned)
+
+
+def returning(world: World, rollout: Rollout, now: float) -> Put | None:
+    """The members of a `git revert`: who has run this digest in health goes back at once."""
+    if rollout.digest in world.rejected:
+        return None
+    members = []
+    for device in world.devices.values():
+        row = world.seen.get(device.id)
+        if device.fleet != rollout.fleet or not device.governed or row is None:
+            continue
+        if has_run(row, rollout) and not _runs(row, rollout):
+            members.append(
+                Member(
+                    device=device.id,
+                    step=-1,
+                    arm=Arm.RETURNING,
+                    drawn_at=now,
+                    hardware=device.hardware,
+                    band=-1,
+                    score=None,
+                    previous=previous(row, rollout),
+                    state=MemberState.TOLD,
+                    attempt=f"{rollout.id}.revert",
+                    told_at=now,
+                    updated_at=now,
+                )
+            )
+    return Put(rollout=rollout.id, members=tuple(members)) if members else None
+
+
+def previous(row: DeviceRow, rollout: Rollout) -> dict[str, dict[str, str]]:
+    """What this device last committed in health, for exactly the components that change."""
+    return {
+        component: {"release": report.release, "digest": report.digest}
+        for component, report in row.components.items()
+        if component in rollout.artifacts
+        and report.committed
+        and report.digest != rollout.artifacts[component]
+    }
+
+
+def has_run(row: DeviceRow, rollout: Rollout) -> bool:
+    """Was every artifact of the rollout active on this device before, and not rolled away from?"""
+    for component, digest in rollout.artifacts.items():
+        events = [h.event for h in row.history if h.component == component and h.digest == digest]
+        if not events:
+            return False
+    return True
+
+
+def who_ran(world: World, fleet: str, release: str) -> list[str]:
+    """Devices of this fleet that were exposed to that release."""
+    ran = set()
+    for rollout in world.rollouts.values():
+        if rollout.release != release or rollout.fleet != fleet:
+            continue
+        for member in world.members.get(rollout.id, {}).values():
+            device = world.devices.get(member.device)
+            exposed = member.exposed_at is not None and member.arm is not Arm.CONTROL
+            if exposed and device is not None and device.governed and device.fleet == fleet:
+                ran.add(member.device)
+    return sorted(ran)
+
+
+def _runs(row: DeviceRow, rollout: Rollout) -> bool:
+    return all(
+        component in row.components and row.components[component].digest == digest
+        for component, digest in rollout.artifacts.items()
+    )
+
+
+def _before(world: World, fleet: str, artifacts: dict[str, str]) -> dict[str, str]:
+    """The proven artifact of each component that changes: what a hold need not reject."""
+    return {
+        component: proven.digest
+        for (name, component, _), proven in sorted(world.proven.items())
+        if name == fleet and component in artifacts
+    }

@@ -1,0 +1,338 @@
+"""Queries of rollouts, members, decisions, holds, orders and the proven set.
+
+The loop is the only writer of rollouts, members, decisions, orders and the proven set; every write
+of it is fenced by the controller's term (`fence`). Rows go in and out as the frozen dataclasses of
+`controller.rollout.model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
+
+from controller.rollout.model import (
+    ACTIVE,
+    ActiveHold,
+    ActiveStop,
+    Arm,
+    Device,
+    Member,
+    MemberState,
+    Order,
+    Proven,
+    Rollout,
+    RolloutState,
+    Told,
+)
+from controller.rollout.world import Command
+from controller.store.tables import (
+    commands,
+    decisions,
+    desired,
+    devices,
+    holds,
+    members,
+    meta,
+    proven,
+    releases,
+    rollouts,
+    stops,
+)
+
+_UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
+
+
+class Fenced(Exception):
+    """Another controller has taken over: its term is higher. This one must stop writing."""
+
+
+def take_over(conn: Connection, at_least: int) -> int:
+    """Raise the term and answer it: every order and write of an older controller is void now."""
+    term = max(int(get_meta(conn, "term", 0)) + 1, at_least)
+    put_meta(conn, "term", term)
+    return term
+
+
+def fence(conn: Connection, term: int) -> None:
+    """Raise Fenced unless `term` is still the newest."""
+    current = int(get_meta(conn, "term", 0))
+    if current != term:
+        raise Fenced(f"term {term} was taken over by term {current}")
+
+
+def get_meta(conn: Connection, key: str, default: Any = None) -> Any:
+    row = conn.execute(select(meta.c.value).where(meta.c.key == key)).first()
+    return default if row is None else row[0]
+
+
+def put_meta(conn: Connection, key: str, value: Any) -> None:
+    done = conn.execute(update(meta).where(meta.c.key == key).values(value=value))
+    if not done.rowcount:
+        conn.execute(insert(meta).values(key=key, value=value))
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def load_rollouts(conn: Connection) -> dict[str, Rollout]:
+    """Unfinished rollouts and every other one that may still matter: all, oldest first."""
+    rows = conn.execute(select(rollouts).order_by(rollouts.c.opened_at, rollouts.c.id))
+    return {row.id: _rollout(row._mapping) for row in rows}
+
+
+def revisions(conn: Connection) -> dict[str, int]:
+    """Revision of each rollout: the API raises it when it records a command."""
+    rows = conn.execute(select(rollouts.c.id, rollouts.c.revision))
+    return {row.id: row.revision for row in rows}
+
+
+def load_members(conn: Connection) -> dict[str, dict[str, Member]]:
+    loaded: dict[str, dict[str, Member]] = {}
+    for row in conn.execute(select(members)):
+        loaded.setdefault(row.rollout, {})[row.device] = _member(row._mapping)
+    return loaded
+
+
+def load_devices(conn: Connection, since: int) -> tuple[list[Device], int]:
+    """Registry rows changed after `since`, and the newest change number."""
+    rows = conn.execute(
+        select(devices).where(devices.c.change > since).order_by(devices.c.change)
+    ).all()
+    found = [
+        Device(
+            id=row.id,
+            fleet=row.fleet,
+            labels=row.labels,
+            status=row.status,
+            moved_at=row.moved_at,
+            term=row.term,
+        )
+        for row in rows
+    ]
+    return found, rows[-1].change if rows else since
+
+
+def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
+    """(holds in force, every digest that a hold ever named)."""
+    rows = conn.execute(select(holds).order_by(holds.c.created_at, holds.c.id)).all()
+    active = [
+        ActiveHold(
+            id=row.id,
+            rollout=row.rollout,
+            fleet=row.fleet,
+            release=row.release,
+            digest=row.digest,
+            artifacts=frozenset(row.artifacts),
+            to=row.to,
+            reason=row.reason,
+            actor=row.actor,
+            created_at=row.created_at,
+        )
+        for row in rows
+        if row.lifted_at is None
+    ]
+    return active, frozenset(row.digest for row in rows)
+
+
+def load_stops(conn: Connection) -> list[ActiveStop]:
+    rows = conn.execute(select(stops).where(stops.c.lifted_at.is_(None)).order_by(stops.c.id))
+    return [
+        ActiveStop(id=row.id, scope=row.scope, value=row.value, reason=row.reason, actor=row.actor)
+        for row in rows
+    ]
+
+
+def load_commands(conn: Connection) -> list[Command]:
+    """Recorded and not yet done, in their order: pause before resume before promote at one time."""
+    rows = conn.execute(
+        select(commands).where(commands.c.state == "recorded").order_by(commands.c.id)
+    )
+    return [
+        Command(
+            id=row.id,
+            kind=row.kind,
+            rollout=row.rollout,
+            body=row.body,
+            actor=row.actor,
+            reason=row.reason,
+            at=row.at,
+        )
+        for row in rows
+    ]
+
+
+def load_orders(conn: Connection) -> dict[str, Order]:
+    rows = conn.execute(select(desired)).all()
+    return {row.device: _order(row._mapping) for row in rows}
+
+
+def load_proven(conn: Connection) -> dict[tuple[str, str, str], Proven]:
+    return {
+        (row.fleet, row.component, row.hardware): Proven(
+            release=row.release, digest=row.digest, at=row.at
+        )
+        for row in conn.execute(select(proven))
+    }
+
+
+def load_releases(conn: Connection) -> dict[str, Mapping[str, Any]]:
+    """Every release document ever accepted, oldest first."""
+    rows = conn.execute(select(releases).order_by(releases.c.seen_at, releases.c.name))
+    return {row.name: row.document for row in rows}
+
+
+def unpublished(conn: Connection, limit: int = 5_000) -> list[tuple[str, bytes, int]]:
+    """(device, envelope, generation) of orders that the broker may not have yet."""
+    rows = conn.execute(
+        select(desired.c.device, desired.c.body, desired.c.generation)
+        .where(desired.c.published.is_(False))
+        .order_by(desired.c.at)
+        .limit(limit)
+    )
+    return [(row.device, row.body, row.generation) for row in rows]
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def insert_rollout(conn: Connection, rollout: Rollout) -> None:
+    conn.execute(insert(rollouts).values(**_values(rollout)))
+
+
+def update_rollout(conn: Connection, before: Rollout, after: Rollout) -> None:
+    """Write a rollout; its revision is raised by as much as the decision raised it."""
+    values = _values(after)
+    values["revision"] = rollouts.c.revision + (after.revision - before.revision)
+    conn.execute(update(rollouts).where(rollouts.c.id == after.id).values(**values))
+
+
+def put_members(conn: Connection, rollout: str, changed: Sequence[Member]) -> None:
+    """Insert or replace the rows of these members."""
+    names = [m.device for m in changed]
+    for start in range(0, len(names), 500):
+        conn.execute(
+            delete(members).where(
+                members.c.rollout == rollout, members.c.device.in_(names[start : start + 500])
+            )
+        )
+    conn.execute(insert(members), [{"rollout": rollout, **_values(m)} for m in changed])
+
+
+def insert_decision(conn: Connection, values: Mapping[str, Any]) -> None:
+    conn.execute(insert(decisions).values(**values))
+
+
+def finish_command(conn: Connection, command: str, state: str, result: str, now: float) -> None:
+    conn.execute(
+        update(commands)
+        .where(commands.c.id == command)
+        .values(state=state, result=result[:2000], done_at=now)
+    )
+
+
+def prove(
+    conn: Connection, fleet: str, component: str, hardware: str, value: Proven, rollout: str | None
+) -> None:
+    key = (
+        (proven.c.fleet == fleet)
+        & (proven.c.component == component)
+        & (proven.c.hardware == hardware)
+    )
+    conn.execute(delete(proven).where(key))
+    conn.execute(
+        insert(proven).values(
+            fleet=fleet,
+            component=component,
+            hardware=hardware,
+            release=value.release,
+            digest=value.digest,
+            rollout=rollout,
+            at=value.at,
+        )
+    )
+
+
+def put_release(conn: Connection, name: str, values: Mapping[str, Any]) -> None:
+    known = conn.execute(select(releases.c.name).where(releases.c.name == name)).first()
+    if known is None:
+        conn.execute(insert(releases).values(name=name, **values))
+    else:
+        changed = {k: v for k, v in values.items() if k in ("digest", "document", "commit")}
+        conn.execute(update(releases).where(releases.c.name == name).values(**changed))
+
+
+def put_orders(conn: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the orders of these devices; each starts unpublished."""
+    names = [row["device"] for row in rows]
+    for start in range(0, len(names), 500):
+        chunk = names[start : start + 500]
+        conn.execute(delete(desired).where(desired.c.device.in_(chunk)))
+    conn.execute(insert(desired), list(rows))
+
+
+def mark_published(conn: Connection, sent: Iterable[tuple[str, int]]) -> None:
+    """The broker has these (device, generation); a newer order stays unpublished."""
+    rows = [{"d": device, "g": generation} for device, generation in sent]
+    if rows:
+        conn.execute(
+            update(desired)
+            .where(desired.c.device == bindparam("d"), desired.c.generation == bindparam("g"))
+            .values(published=True),
+            rows,
+        )
+
+
+def unpublish_all(conn: Connection) -> int:
+    """The broker forgot: everything is to be published again. Answers how many."""
+    return conn.execute(update(desired).values(published=False)).rowcount
+
+
+def clear_orders(conn: Connection, names: Sequence[str]) -> None:
+    """A moved, retired or quarantined device has no orders any more."""
+    conn.execute(delete(desired).where(desired.c.device.in_(list(names))))
+
+
+def count_open(conn: Connection) -> int:
+    query = select(func.count()).where(or_(*(rollouts.c.state == s for s in _UNFINISHED)))
+    return int(conn.execute(query).scalar_one())
+
+
+# -- rows ⇄ dataclasses ---------------------------------------------------------------------------
+
+
+def _values(row: Rollout | Member) -> dict[str, Any]:
+    return {f.name: getattr(row, f.name) for f in fields(row)}
+
+
+def _rollout(row: Mapping[str, Any]) -> Rollout:
+    values = {f.name: row[f.name] for f in fields(Rollout)}
+    return Rollout(**{**values, "state": RolloutState(row["state"])})
+
+
+def _member(row: Mapping[str, Any]) -> Member:
+    values = {f.name: row[f.name] for f in fields(Member)}
+    return Member(**{**values, "state": MemberState(row["state"]), "arm": Arm(row["arm"])})
+
+
+def _order(row: Mapping[str, Any]) -> Order:
+    told = {
+        component: Told(
+            release=item["release"],
+            digest=item["digest"],
+            at=item["at"],
+            rollout=item.get("rollout"),
+        )
+        for component, item in row["components"].items()
+    }
+    return Order(
+        device=row["device"],
+        term=row["term"],
+        generation=row["generation"],
+        attempt=row["attempt"],
+        kind=row["kind"],
+        components=told,
+        at=row["at"],
+    )
