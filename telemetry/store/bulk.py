@@ -1,0 +1,75 @@
+"""Many rows at once, by the fastest road of each database (research: 5–14 times a plain insert).
+
+SQLite: `executemany` on the driver's own connection. PostgreSQL: COPY, for upserts into a temporary
+table that is merged by one statement. The caller's transaction decides about all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Table
+from sqlalchemy.schema import CreateColumn
+
+Row = Sequence[Any]  # in the order of the table's columns
+
+
+def insert(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    if connection.dialect.name == "postgresql":
+        _copy(connection, table.name, rows)
+        return
+    marks = ", ".join("?" for _ in table.columns)
+    _cursor(connection).executemany(f"INSERT INTO {table.name} VALUES ({marks})", rows)  # noqa: S608
+
+
+def upsert(
+    connection: Connection, table: Table, rows: Sequence[Row], *, added: Iterable[str] = ()
+) -> None:
+    """Insert, or replace the row with the same key; columns in `added` are summed instead.
+
+    A key may occur once in `rows`: PostgreSQL refuses to merge one row twice.
+    """
+    if not rows:
+        return
+    target = f"INSERT INTO {table.name} "
+    conflict = _conflict(table, frozenset(added))
+    if connection.dialect.name == "postgresql":
+        stage = f"stage_{table.name}"
+        columns = ", ".join(
+            str(CreateColumn(column).compile(dialect=connection.dialect)).replace("NOT NULL", "")
+            for column in table.columns
+        )
+        connection.exec_driver_sql(
+            f"CREATE TEMPORARY TABLE IF NOT EXISTS {stage} ({columns}) ON COMMIT DELETE ROWS"
+        )
+        _copy(connection, stage, rows)
+        connection.exec_driver_sql(f"{target}SELECT * FROM {stage} {conflict}")  # noqa: S608
+        connection.exec_driver_sql(f"DELETE FROM {stage}")  # noqa: S608
+        return
+    marks = ", ".join("?" for _ in table.columns)
+    _cursor(connection).executemany(f"{target}VALUES ({marks}) {conflict}", rows)
+
+
+def _conflict(table: Table, added: frozenset[str]) -> str:
+    key = [column.name for column in table.primary_key]
+    sets = ", ".join(
+        f"{name} = {table.name}.{name} + excluded.{name}"
+        if name in added
+        else f"{name} = excluded.{name}"
+        for name in (column.name for column in table.columns)
+        if name not in key
+    )
+    return f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {sets}"
+
+
+def _cursor(connection: Connection) -> Any:
+    return connection.connection.cursor()
+
+
+def _copy(connection: Connection, name: str, rows: Sequence[Row]) -> None:
+    with _cursor(connection).copy(f"COPY {name} FROM STDIN") as copy:
+        for row in rows:
+            copy.write_row(row)

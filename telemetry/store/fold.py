@@ -1,0 +1,224 @@
+"""What one batch of believed messages changes: known rows and messages in, changed rows out. Pure.
+
+Rules, in order:
+
+1. A message of a boot below the device's floor is late: what that boot sent is forgotten.
+2. (device, boot, seq) counts once; repeats are settled, and acknowledged again.
+3. The last state wins by (boot_count, seq), in whatever order the messages come.
+4. Presence of an older boot is stale. A will is the broker's word: it is no contact. It keeps an
+   announced sleep, because a sleeping device is cut off sooner or later.
+5. Every contact moves the device's `change` to this batch, so that readers find it by watermark.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from device_agent.protocol import Health, Presence, Reported
+from telemetry.store import bulk, rollups
+from telemetry.store.seen import Seen, Verdict, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A message that was checked, and who sent it."""
+
+    device: str
+    message: Reported | Health | Presence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    messages: Sequence[Heard] = ()
+    refusals: Mapping[str, int] = field(default_factory=dict)  # refused before: reason → count
+    probe: bool = False  # our own loopback probe came through: the server can hear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    batch: int  # its number: the watermark
+    verdicts: tuple[Verdict, ...]  # one per message, in order
+    shifted: int  # messages whose device clock was not plausible
+
+
+@dataclass(slots=True, kw_only=True)
+class Contact:
+    last_contact: float = 0.0
+    heard_clock: float = 0.0
+    online: bool = False
+    sleeping_until: float | None = None
+    boot: str = ""
+    boot_count: int = 0
+    boot_floor: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Known:
+    """What the store holds of the devices of this batch."""
+
+    contacts: dict[str, Contact]
+    boots: dict[tuple[str, str], Seen]
+    states: dict[str, tuple[int, int]]  # device → (boot_count, seq) of its report
+
+
+@dataclass(slots=True, kw_only=True)
+class Changes:
+    verdicts: list[Verdict] = field(default_factory=list)
+    touched: set[str] = field(default_factory=set)
+    boots: set[tuple[str, str]] = field(default_factory=set)
+    reports: dict[str, Reported] = field(default_factory=dict)
+    health: list[bulk.Row] = field(default_factory=list)
+    rollups: dict[rollups.Key, tuple[int, float, float]] = field(default_factory=dict)
+    shifted: int = 0
+
+
+def fold(
+    messages: Iterable[Heard], known: Known, *, batch: int, clock: float, now: float
+) -> Changes:
+    """Fold messages, in order of arrival, into `known` (changed in place) and the changes."""
+    changes = Changes()
+    for heard in messages:
+        contact = known.contacts.setdefault(heard.device, Contact())
+        if isinstance(heard.message, Presence):
+            verdict = _presence(heard.message, contact, clock, now)
+        else:
+            verdict = _count(heard.device, heard.message, contact, known, changes)
+        if verdict is Verdict.NEW:
+            changes.touched.add(heard.device)
+            _believe(heard, contact, known, changes, batch=batch, clock=clock, now=now)
+        changes.verdicts.append(verdict)
+    return changes
+
+
+def refused(changes: Changes, batch: Batch) -> Counter[str]:
+    counts = Counter(batch.refusals)
+    counts.update(v.value for v in changes.verdicts if v is not Verdict.NEW)
+    return counts
+
+
+def contact_rows(changes: Changes, known: Known, batch: int) -> list[bulk.Row]:
+    rows: list[bulk.Row] = []
+    for device in sorted(changes.touched):
+        c = known.contacts[device]
+        head = (device, batch, c.last_contact, c.heard_clock, c.online, c.sleeping_until)
+        rows.append((*head, c.boot, c.boot_count, c.boot_floor))
+    return rows
+
+
+def boot_rows(changes: Changes, known: Known, now: float) -> list[bulk.Row]:
+    rows: list[bulk.Row] = []
+    for device, boot in sorted(changes.boots):
+        seen = known.boots[device, boot]
+        rows.append((device, boot, seen.boot_count, seen.high, pack(seen.missing), now))
+    return rows
+
+
+def report_rows(changes: Changes, now: float) -> list[bulk.Row]:
+    return [
+        (
+            device,
+            report.boot,
+            report.boot_count,
+            report.seq,
+            now,
+            report.state.value,
+            report.reason,
+            _json(report.blocked_by),
+            report.attempt,
+            report.term,
+            report.generation,
+            _json(report.components),
+            _json(report.history),
+            report.log,
+        )
+        for device, report in sorted(changes.reports.items())
+    ]
+
+
+def rollup_rows(changes: Changes) -> list[bulk.Row]:
+    return [(*key, *sums) for key, sums in sorted(changes.rollups.items())]
+
+
+def _presence(message: Presence, contact: Contact, clock: float, now: float) -> Verdict:
+    if message.boot_count < max(contact.boot_count, contact.boot_floor):
+        return Verdict.REPEAT
+    contact.online = message.online
+    if message.online or message.sleeping_until is not None:
+        contact.sleeping_until = message.sleeping_until
+    return Verdict.NEW
+
+
+def _count(
+    device: str, message: Reported | Health, contact: Contact, known: Known, changes: Changes
+) -> Verdict:
+    if message.boot_count < contact.boot_floor:
+        return Verdict.LATE
+    key = (device, message.boot)
+    seen = known.boots.get(key)
+    if seen is None:
+        seen = known.boots[key] = Seen(boot_count=message.boot_count)
+    verdict = seen.take(message.seq)
+    if verdict is Verdict.NEW:
+        changes.boots.add(key)
+    return verdict
+
+
+def _believe(
+    heard: Heard,
+    contact: Contact,
+    known: Known,
+    changes: Changes,
+    *,
+    batch: int,
+    clock: float,
+    now: float,
+) -> None:
+    message = heard.message
+    if message.boot_count >= contact.boot_count:
+        contact.boot, contact.boot_count = message.boot, message.boot_count
+    if isinstance(message, Presence):
+        if message.online or not contact.last_contact:
+            contact.last_contact, contact.heard_clock = now, clock
+        return
+    contact.last_contact, contact.heard_clock, contact.online = now, clock, True
+    if isinstance(message, Health):
+        _keep(heard.device, message, changes, batch, now)
+        return
+    version = (message.boot_count, message.seq)
+    if version > known.states.get(heard.device, (-1, -1)):
+        known.states[heard.device] = version
+        changes.reports[heard.device] = message
+
+
+def _keep(device: str, message: Health, changes: Changes, batch: int, now: float) -> None:
+    when = rollups.interval(message, now)
+    changes.shifted += when.shifted
+    for key, part in rollups.parts(device, message, when):
+        n, total, squares = changes.rollups.get(key, (0, 0.0, 0.0))
+        changes.rollups[key] = (n + part.n, total + part.total, squares + part.squares)
+    sums = {name: (lv.n, lv.total, lv.squares) for name, lv in rollups.levels(message).items()}
+    changes.health.append(
+        (
+            batch,
+            len(changes.health),
+            device,
+            now,
+            message.boot,
+            message.seq,
+            message.attempt,
+            _json(message.components),
+            message.t0,
+            when.seconds,
+            _json(sums),
+            _json(message.counters),
+            _json(message.exposure),
+        )
+    )
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

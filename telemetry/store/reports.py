@@ -1,0 +1,300 @@
+"""The telemetry store: one transaction per batch in, the rows of `telemetry.report` out.
+
+Rules, in order:
+
+1. A batch is one transaction. It takes its number by updating the one row of `telemetry_state`
+   first: the commits of two ingest processes follow each other, and the watermark has no gap.
+2. What to change is `fold`'s decision; this file loads what it needs and writes what it says.
+3. The hearing clock advances when the loopback probe comes through, by the time since it last did,
+   unless that is longer than `HEARING_GAP`: what lies in such a gap was not heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, Engine, Select, delete, func, select, update
+
+from device_agent.protocol import ComponentReport, HistoryEntry, Presence, State
+from telemetry.report import DeviceRow, HealthRow, Level, Totals
+from telemetry.store import bulk, tables
+from telemetry.store.database import reading, writing
+from telemetry.store.fold import (
+    Batch,
+    Changes,
+    Contact,
+    Known,
+    Written,
+    boot_rows,
+    contact_rows,
+    fold,
+    refused,
+    report_rows,
+    rollup_rows,
+)
+from telemetry.store.rollups import HOUR, Kind
+from telemetry.store.seen import Seen, unpack
+
+HEARING_GAP = 5.0  # seconds between two probes that still count as heard without a break
+_MANY = 10_000  # keys in one IN list
+
+_components = msgspec.json.Decoder(dict[str, ComponentReport])
+_history = msgspec.json.Decoder(tuple[HistoryEntry, ...])
+_texts = msgspec.json.Decoder(tuple[str, ...])
+_digests = msgspec.json.Decoder(dict[str, str])
+_levels = msgspec.json.Decoder(dict[str, tuple[int, float, float]])
+_counters = msgspec.json.Decoder(dict[str, int])
+_exposure = msgspec.json.Decoder(dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    number: int
+    clock: float
+
+
+class Store:
+    """Implements `telemetry.report.TelemetryReader`, and `write` for the ingest."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def write(self, batch: Batch, now: float) -> Written:
+        """Commit a batch; whatever the database raises leaves nothing of it behind."""
+        with writing(self._engine) as connection:
+            turn = _take_turn(connection, probe=batch.probe, now=now)
+            known = _load(connection, batch)
+            changes = fold(batch.messages, known, batch=turn.number, clock=turn.clock, now=now)
+            _save(connection, changes, known, batch, turn, now)
+        return Written(batch=turn.number, verdicts=tuple(changes.verdicts), shifted=changes.shifted)
+
+    def forget(self, device: str, now: float) -> None:
+        """A replaced board counts its boots from one again: drop what the old one had said last.
+
+        Its counted messages stay; the device starts over as one that never reported.
+        """
+        with writing(self._engine) as connection:
+            turn = _take_turn(connection, probe=False, now=now)
+            for table in (tables.boots, tables.reports):
+                connection.execute(delete(table).where(table.c.device == device))
+            row = {"change": turn.number, "boot": "", "boot_count": 0, "boot_floor": 0}
+            contacts = tables.contacts
+            connection.execute(update(contacts).where(contacts.c.device == device).values(row))
+
+    # -- TelemetryReader ---------------------------------------------------------------------------
+
+    def watermark(self) -> int:
+        with reading(self._engine) as connection:
+            return int(connection.execute(select(tables.state.c.batch)).scalar_one())
+
+    def hearing(self) -> tuple[float, float]:
+        with reading(self._engine) as connection:
+            row = connection.execute(
+                select(tables.state.c.hearing, tables.state.c.hearing_at)
+            ).one()
+        return float(row[0]), float(row[1])
+
+    def devices_changed(self, since: int) -> Sequence[DeviceRow]:
+        contacts = tables.contacts
+        query = _devices().where(contacts.c.change > since)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query.order_by(contacts.c.change, contacts.c.device))
+            return [_device_row(row) for row in rows]
+
+    def device(self, device: str) -> DeviceRow | None:
+        with reading(self._engine) as connection:
+            query = _devices().where(tables.contacts.c.device == device)
+            row = connection.execute(query).first()
+        return None if row is None else _device_row(row)
+
+    def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
+        table = tables.health
+        query = select(table).order_by(table.c.batch, table.c.place)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query.where(table.c.batch > batch).limit(limit + 1)).all()
+            if len(rows) > limit:
+                last = rows[-1].batch  # perhaps cut in two: give it whole, or next time
+                if rows[0].batch == last:
+                    rows = connection.execute(query.where(table.c.batch == last)).all()
+                else:
+                    rows = [row for row in rows if row.batch < last]
+        return [_health_row(row) for row in rows]
+
+    def totals(self, *, since: float, until: float) -> Totals:
+        """Sums over the hours that begin in [since's hour, until)."""
+        table = tables.rollups
+        query = (
+            select(
+                table.c.device,
+                table.c.kind,
+                table.c.name,
+                func.sum(table.c.n),
+                func.sum(table.c.total),
+            )
+            .where(table.c.hour >= int(since // HOUR), table.c.hour < -int(-until // HOUR))
+            .group_by(table.c.device, table.c.kind, table.c.name)
+        )
+        with reading(self._engine) as connection:
+            return _totals([tuple(row) for row in connection.execute(query)])
+
+    def refusals(self) -> dict[str, int]:
+        """reason → how many messages were not believed, since the beginning."""
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(tables.refusals.c.reason, tables.refusals.c.n))
+            return {row[0]: int(row[1]) for row in rows}
+
+
+def _take_turn(connection: Connection, *, probe: bool, now: float) -> _Turn:
+    table = tables.state
+    number = connection.execute(
+        update(table).values(batch=table.c.batch + 1).returning(table.c.batch)
+    ).scalar_one()
+    clock, at = connection.execute(select(table.c.hearing, table.c.hearing_at)).one()
+    if probe:
+        gap = now - at
+        clock += gap if 0 < gap <= HEARING_GAP else 0.0
+        connection.execute(update(table).values(hearing=clock, hearing_at=max(now, at)))
+    return _Turn(int(number), float(clock))
+
+
+def _load(connection: Connection, batch: Batch) -> Known:
+    devices = sorted({heard.device for heard in batch.messages})
+    wanted = {
+        (heard.device, heard.message.boot)
+        for heard in batch.messages
+        if not isinstance(heard.message, Presence)
+    }
+    known = Known(contacts={}, boots={}, states={})
+    for first in range(0, len(devices), _MANY):
+        some = devices[first : first + _MANY]
+        _load_some(connection, some, known)
+        _load_boots(connection, some, wanted, known)
+    return known
+
+
+def _load_some(connection: Connection, devices: list[str], known: Known) -> None:
+    contacts, reports = tables.contacts, tables.reports
+    for row in connection.execute(select(contacts).where(contacts.c.device.in_(devices))):
+        known.contacts[row.device] = Contact(
+            last_contact=row.last_contact,
+            heard_clock=row.heard_clock,
+            online=row.online,
+            sleeping_until=row.sleeping_until,
+            boot=row.boot,
+            boot_count=row.boot_count,
+            boot_floor=row.boot_floor,
+        )
+    columns = (reports.c.device, reports.c.boot_count, reports.c.seq)
+    for row in connection.execute(select(*columns).where(reports.c.device.in_(devices))):
+        known.states[row.device] = (row.boot_count, row.seq)
+
+
+def _load_boots(
+    connection: Connection, devices: list[str], wanted: set[tuple[str, str]], known: Known
+) -> None:
+    table, some = tables.boots, set(devices)
+    names = sorted({boot for device, boot in wanted if device in some})
+    for first in range(0, len(names), _MANY):
+        query = select(table).where(
+            table.c.device.in_(devices), table.c.boot.in_(names[first : first + _MANY])
+        )
+        for row in connection.execute(query):
+            if (row.device, row.boot) in wanted:
+                known.boots[row.device, row.boot] = Seen(
+                    boot_count=row.boot_count, high=row.high, missing=unpack(row.missing)
+                )
+
+
+def _save(
+    connection: Connection, changes: Changes, known: Known, batch: Batch, turn: _Turn, now: float
+) -> None:
+    bulk.insert(connection, tables.health, changes.health)
+    bulk.upsert(connection, tables.boots, boot_rows(changes, known, now))
+    bulk.upsert(connection, tables.contacts, contact_rows(changes, known, turn.number))
+    bulk.upsert(connection, tables.reports, report_rows(changes, now))
+    sums = ("n", "total", "squares")
+    bulk.upsert(connection, tables.rollups, rollup_rows(changes), added=sums)
+    counts = [(reason, n, now) for reason, n in sorted(refused(changes, batch).items())]
+    bulk.upsert(connection, tables.refusals, counts, added=("n",))
+
+
+def _devices() -> Select[Any]:
+    contacts, reports = tables.contacts, tables.reports
+    own = [c for c in reports.c if c.name not in ("device", "boot", "boot_count", "seq")]
+    return select(contacts, *own).outerjoin_from(
+        contacts, reports, contacts.c.device == reports.c.device
+    )
+
+
+def _device_row(row: Any) -> DeviceRow:
+    heard = {
+        "device": row.device,
+        "change": row.change,
+        "last_contact": row.last_contact,
+        "heard_clock": row.heard_clock,
+        "online": row.online,
+        "sleeping_until": row.sleeping_until,
+        "boot": row.boot,
+        "boot_count": row.boot_count,
+        "reported_at": row.reported_at,
+    }
+    if row.reported_at is None:
+        return DeviceRow(**heard, state=None)
+    return DeviceRow(
+        **heard,
+        state=State(row.state),
+        reason=row.reason,
+        blocked_by=_texts.decode(row.blocked_by),
+        attempt=row.attempt,
+        term=row.term,
+        generation=row.generation,
+        components=_components.decode(row.components),
+        history=_history.decode(row.history),
+        log=row.log,
+    )
+
+
+def _health_row(row: Any) -> HealthRow:
+    levels = {
+        name: Level(n=n, total=total, squares=squares)
+        for name, (n, total, squares) in _levels.decode(row.levels).items()
+    }
+    return HealthRow(
+        batch=row.batch,
+        device=row.device,
+        received_at=row.received_at,
+        boot=row.boot,
+        seq=row.seq,
+        attempt=row.attempt,
+        components=_digests.decode(row.components),
+        t0=row.t0,
+        seconds=row.seconds,
+        levels=levels,
+        counters=_counters.decode(row.counters),
+        exposure=_exposure.decode(row.exposure),
+    )
+
+
+def _totals(rows: Sequence[tuple[Any, ...]]) -> Totals:
+    """Rows of (device, kind, name, n, total) → one array per name, over all devices."""
+    devices = sorted({row[0] for row in rows})
+    place = {device: index for index, device in enumerate(devices)}
+    found: dict[Kind, dict[str, npt.NDArray[np.float64]]] = {kind: {} for kind in Kind}
+    empty = {Kind.COUNTER: 0.0, Kind.EXPOSURE: 0.0, Kind.LEVEL: np.nan}
+    for device, number, name, n, total in rows:
+        kind = Kind(number)
+        array = found[kind].get(name)
+        if array is None:
+            array = found[kind][name] = np.full(len(devices), empty[kind])
+        array[place[device]] = float(total) / float(n) if kind is Kind.LEVEL else float(total)
+    return Totals(
+        devices=devices,
+        counters=found[Kind.COUNTER],
+        exposure=found[Kind.EXPOSURE],
+        levels=found[Kind.LEVEL],
+    )

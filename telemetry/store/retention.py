@@ -1,0 +1,123 @@
+"""Deletes what is too old, a bounded piece at a time, in ingest's own transactions.
+
+Rules, in order:
+
+1. Raw messages go first, then hourly sums; what was counted is remembered longer than both.
+2. A boot is forgotten only together with a floor: what that boot or an older one sends afterwards
+   is refused as late, so that forgetting never counts a message twice.
+3. A device keeps at most `BOOTS` boots, however many it invents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, select, update
+
+from telemetry.store import tables
+from telemetry.store.database import writing
+from telemetry.store.rollups import HOUR
+
+DAY = 86_400.0
+BOOTS = 64
+_PIECE = 20_000  # rows per transaction: the ingest shall not wait for a long delete
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Seconds to keep each kind of row."""
+
+    raw: float = 30 * DAY
+    rollups: float = 400 * DAY
+    boots: float = 90 * DAY
+
+
+def sweep(engine: Engine, now: float, keep: Retention | None = None) -> int:
+    """One piece of each kind; returns how many rows went, 0 when all is done."""
+    keep = keep or Retention()
+    gone = 0
+    with writing(engine) as connection:
+        gone += _raw(connection, now - keep.raw)
+    with writing(engine) as connection:
+        gone += _rollups(connection, int((now - keep.rollups) // HOUR))
+    with writing(engine) as connection:
+        gone += _old_boots(connection, now - keep.boots)
+        gone += _surplus_boots(connection)
+    return gone
+
+
+def _raw(connection: Connection, before: float) -> int:
+    table = tables.health
+    old = select(table.c.batch).where(table.c.received_at < before)
+    last = connection.execute(
+        select(func.max(old.order_by(table.c.batch).limit(_PIECE).subquery().c.batch))
+    ).scalar()
+    if last is None:
+        return 0
+    return connection.execute(
+        delete(table).where(table.c.batch <= last, table.c.received_at < before)
+    ).rowcount
+
+
+def _rollups(connection: Connection, before: int) -> int:
+    table = tables.rollups
+    first = connection.execute(select(func.min(table.c.hour)).where(table.c.hour < before)).scalar()
+    if first is None:
+        return 0
+    return connection.execute(delete(table).where(table.c.hour == first)).rowcount
+
+
+def _old_boots(connection: Connection, before: float) -> int:
+    """Boots not heard of for long, except each device's present one."""
+    boots, contacts = tables.boots, tables.contacts
+    query = (
+        select(boots.c.device, func.max(boots.c.boot_count))
+        .join(contacts, contacts.c.device == boots.c.device)
+        .where(boots.c.last_seen < before, boots.c.boot_count < contacts.c.boot_count)
+        .group_by(boots.c.device)
+        .limit(_PIECE)
+    )
+    floors = [(device, count + 1) for device, count in connection.execute(query)]
+    return _raise_floors(connection, floors)
+
+
+def _surplus_boots(connection: Connection) -> int:
+    boots = tables.boots
+    rank = func.row_number().over(
+        partition_by=boots.c.device,
+        order_by=(boots.c.boot_count.desc(), boots.c.last_seen.desc(), boots.c.boot),
+    )
+    crowded = (
+        select(boots.c.device).group_by(boots.c.device).having(func.count() > BOOTS).limit(100)
+    )
+    ranked = (
+        select(boots.c.device, boots.c.boot, boots.c.boot_count, rank.label("rank"))
+        .where(boots.c.device.in_(crowded))
+        .subquery()
+    )
+    lowest_kept = connection.execute(
+        select(ranked.c.device, ranked.c.boot_count).where(ranked.c.rank == BOOTS)
+    ).all()
+    surplus = connection.execute(
+        select(ranked.c.device, ranked.c.boot).where(ranked.c.rank > BOOTS)
+    ).all()
+    _raise_floors(connection, [(row.device, row.boot_count) for row in lowest_kept])
+    # Several boots with one number are a device's invention: they go without a floor, because a
+    # floor above its present boot would silence it.
+    if surplus:
+        matches = and_(boots.c.device == bindparam("d"), boots.c.boot == bindparam("b"))
+        rows = [{"d": row.device, "b": row.boot} for row in surplus]
+        connection.execute(delete(boots).where(matches), rows)
+    return len(surplus)
+
+
+def _raise_floors(connection: Connection, floors: list[tuple[str, int]]) -> int:
+    if not floors:
+        return 0
+    boots, contacts = tables.boots, tables.contacts
+    rows = [{"d": device, "f": floor} for device, floor in floors]
+    below = and_(contacts.c.device == bindparam("d"), contacts.c.boot_floor < bindparam("f"))
+    connection.execute(update(contacts).where(below).values(boot_floor=bindparam("f")), rows)
+    forgotten = and_(boots.c.device == bindparam("d"), boots.c.boot_count < bindparam("f"))
+    connection.execute(delete(boots).where(forgotten), rows)
+    return len(floors)
