@@ -1,0 +1,519 @@
+"""The one writer of rollout state: observe → decide → record → act. Safe to kill anywhere.
+
+A tick reads only what changed since the last one (registry rows, device rows and health batches
+page by change numbers), asks `reconcile.decide` until it has nothing more to say, writes all of it
+with the orders that follow in one transaction, and only then publishes. Whatever is lost by a kill
+is found again in the database at the next start; what was published twice is ignored by devices.
+
+The tick's caller owns the clock. One loop at a time: every write is fenced by the term.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import structlog
+from sqlalchemy import Connection, Engine
+
+from controller import audit, ulid
+from controller.commands import add_hold
+from controller.manifests.kinds import Release
+from controller.orders import Broker, Issuer, Outbox, build
+from controller.rollout import desired, reconcile
+from controller.rollout.evidence import Evidence
+from controller.rollout.model import (
+    ActiveHold,
+    ActiveStop,
+    Arm,
+    Device,
+    MemberState,
+    Order,
+    Proven,
+    Rollout,
+)
+from controller.rollout.waves import Pinned
+from controller.rollout.world import (
+    Action,
+    Change,
+    Command,
+    Decision,
+    Finish,
+    Head,
+    Notice,
+    Open,
+    Prove,
+    Put,
+    Reject,
+    Scored,
+    World,
+)
+from controller.store import rollouts as store
+from device_agent.protocol import Kind, Reason
+from telemetry.report import DeviceRow, TelemetryReader
+from telemetry.score import bands, score
+from telemetry.store.database import reading, writing
+
+log = structlog.get_logger()
+
+MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
+SCORES_LAST = 10.0  # seconds that a fleet's scores are used before they are computed again
+_ACTING = frozenset({Arm.EXPOSED, Arm.RETURNING})
+
+
+class Heads(Protocol):
+    """Where the accepted commit comes from: `controller.gitwatch`, or the simulation."""
+
+    def current(self) -> Head | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """Everything that the loop touches."""
+
+    engine: Engine
+    reader: TelemetryReader
+    heads: Heads
+    broker: Broker
+    entropy: Callable[[int], bytes] = secrets.token_bytes
+
+
+class Loop:
+    def __init__(self, ports: Ports, issuer: Issuer) -> None:
+        self._ports = ports
+        self._issuer = issuer
+        self._outbox = Outbox(ports.engine, ports.broker)
+        self._loaded = False
+
+    def tick(self, now: float) -> int:
+        """One turn; answers how many actions it took."""
+        try:
+            if not self._loaded:
+                self._load(now)
+            dirty = self._observe(now)
+            taken = self._decide(now, dirty)
+        except BaseException:
+            self._loaded = False  # the database is the truth: read it again
+            raise
+        self._outbox.publish()
+        return taken
+
+    # -- observe ----------------------------------------------------------------------------------
+
+    def _load(self, now: float) -> None:
+        with reading(self._ports.engine) as conn:
+            self._rollouts = store.load_rollouts(conn)
+            self._members = store.load_members(conn)
+            self._orders = store.load_orders(conn)
+            self._proven = store.load_proven(conn)
+            self._documents = {
+                name: Release.model_validate(document)
+                for name, document in store.load_releases(conn).items()
+            }
+            self._commit = store.get_meta(conn, "head_commit")
+        self._catalog = desired.Catalog(releases=self._documents)
+        self._pinned = {r.id: Pinned.from_json(r.pinned) for r in self._rollouts.values()}
+        self._devices: dict[str, Device] = {}
+        self._registry = 0
+        self._seen: dict[str, DeviceRow] = {}
+        self._change = 0
+        self._health = 0
+        self._scores: dict[str, Scored] = {}
+        self._deaf: list[tuple[float, float]] = []
+        self._hearing = self._ports.reader.hearing()
+        self._holds: list[ActiveHold] = []
+        self._stops: list[ActiveStop] = []
+        self._commands: list[Command] = []
+        self._rejected: frozenset[str] = frozenset()
+        self._head: Head | None = None
+        self._notices: dict[str, str] = {}
+        self._evidence = Evidence(self._ports.reader)
+        for rollout in self._rollouts.values():
+            if rollout.active:
+                members = self._members.get(rollout.id, {}).values()
+                self._evidence.open(rollout, self._pinned[rollout.id], members)
+        self._recovered = False
+        self._first = True
+        self._loaded = True
+
+    def _observe(self, now: float) -> set[str]:
+        """Take in what changed; answers the devices whose order may have to change."""
+        dirty: set[str] = set()
+        reader = self._ports.reader
+        with reading(self._ports.engine) as conn:
+            changed, self._registry = store.load_devices(conn, self._registry)
+            commands = store.load_commands(conn)
+            holds, rejected = store.load_holds(conn)
+            stops = store.load_stops(conn)
+            for rollout, revision in store.revisions(conn).items():
+                known = self._rollouts.get(rollout)
+                if known is not None and known.revision != revision:
+                    self._rollouts[rollout] = replace(known, revision=revision)
+        for device in changed:
+            self._devices[device.id] = device
+            dirty.add(device.id)
+        if holds != self._holds or stops != self._stops:
+            dirty |= set(self._devices)
+        self._holds, self._stops, self._commands = holds, stops, commands
+        self._rejected = rejected
+        for row in reader.devices_changed(self._change):
+            self._seen[row.device] = row
+            self._change = max(self._change, row.change)
+            dirty.add(row.device)
+        self._hear(reader.hearing(), now)
+        self._evidence.read()
+        self._head = self._ports.heads.current()
+        if self._first:
+            terms = [row.term for row in self._seen.values()]
+            self._recovered = not self._rollouts and any(terms)
+            dirty |= set(self._devices)
+            self._first = False
+        return dirty
+
+    def _hear(self, hearing: tuple[float, float], now: float) -> None:
+        """Note when our own ears were shut: silence and lost links of that time say nothing."""
+        if hearing[0] <= self._hearing[0] and now - self._hearing[1] > 5:
+            if self._deaf and self._deaf[-1][0] == self._hearing[1]:
+                self._deaf[-1] = (self._hearing[1], now)
+            else:
+                self._deaf = [*self._deaf[-20:], (self._hearing[1], now)]
+            return
+        self._hearing = hearing
+
+    def _score(self, now: float) -> None:
+        """Scores for the fleets whose rollouts are about to draw."""
+        for rollout in self._rollouts.values():
+            drawing = rollout.active and rollout.flags.get("drawn") != rollout.step
+            if drawing:
+                self._score_fleet(rollout.fleet, self._pinned[rollout.id], now)
+
+    def _score_fleet(self, fleet: str, pinned: Pinned, now: float) -> None:
+        known = self._scores.get(fleet)
+        if known is not None and now - known.at < SCORES_LAST:
+            return
+        spec = pinned.policy.score
+        if spec is None:
+            return
+        totals = self._ports.reader.totals(since=now - spec.window.total_seconds(), until=now)
+        result = score(totals, spec)
+        quintiles = bands(result)
+        values: dict[str, tuple[float | None, int]] = {}
+        for name, value, band in zip(result.devices, result.value, quintiles, strict=True):
+            device = self._devices.get(name)
+            if device is not None and device.fleet == fleet:
+                values[name] = (None if value != value else float(value), int(band))
+        fleet_size = sum(d.fleet == fleet and d.governed for d in self._devices.values())
+        with_score = sum(value is not None for value, _ in values.values())
+        self._scores[fleet] = Scored(
+            at=now,
+            values=values,
+            unscored=fleet_size - with_score,
+            min_exposure=float(spec.min_exposure),
+        )
+
+    # -- decide and record ------------------------------------------------------------------------
+
+    def _world(self) -> World:
+        return World(
+            head=self._head,
+            devices=self._devices,
+            seen=self._seen,
+            hearing=self._hearing[0],
+            deaf=self._deaf,
+            rollouts=self._rollouts,
+            members=self._members,
+            pinned=self._pinned,
+            orders=self._orders,
+            holds=self._holds,
+            rejected=self._rejected,
+            stops=self._stops,
+            commands=self._commands,
+            proven=self._proven,
+            catalog=self._catalog,
+            scores=self._scores,
+            observations=self._evidence.observations(),
+            watermark=self._evidence.watermark,
+            recovered=self._recovered,
+        )
+
+    def _decide(self, now: float, dirty: set[str]) -> int:
+        new_head = self._head is not None and self._head.commit != self._commit
+        self._score(now)
+        actions = [] if new_head else reconcile.decide(self._world(), now)
+        if not (new_head or actions or dirty):
+            return 0
+        taken = 0
+        with writing(self._ports.engine) as conn:
+            store.fence(conn, self._issuer.term)
+            if new_head and self._head is not None:
+                dirty |= self._accept(conn, self._head, now)
+                actions = reconcile.decide(self._world(), now)
+            notices: dict[str, str] = {}
+            for _ in range(MOST_ROUNDS):
+                notices = {a.name: a.sentence for a in actions if isinstance(a, Notice)}
+                actions = [a for a in actions if not isinstance(a, Notice)]
+                if not actions:
+                    break
+                for action in actions:
+                    dirty |= self._apply(conn, action, now)
+                taken += len(actions)
+                self._score(now)
+                actions = reconcile.decide(self._world(), now)
+            self._order(conn, dirty, now)
+            if notices != self._notices:
+                store.put_meta(conn, "notices", notices)
+                self._notices = notices
+        return taken
+
+    def _accept(self, conn: Connection, head: Head, now: float) -> set[str]:
+        """A new accepted commit: its releases, holds and lifts become ours."""
+        for name, release in sorted(head.manifests.releases.items()):
+            known = self._documents.get(name)
+            if known is not None and known == release:
+                continue
+            store.put_release(
+                conn,
+                name,
+                {
+                    "digest": release.digest,
+                    "document": release.model_dump(mode="json"),
+                    "commit": head.commit,
+                    "seen_at": now,
+                },
+            )
+            self._documents[name] = release
+        self._catalog = desired.Catalog(releases=self._documents)
+        for fleet in head.manifests.fleets.values():
+            self._baseline(conn, fleet.name, fleet.baseline, now)
+        store.put_meta(conn, "head_commit", head.commit)
+        self._commit = head.commit
+        return set(self._devices)
+
+    def _baseline(
+        self, conn: Connection, fleet: str, baseline: Mapping[str, str], now: float
+    ) -> None:
+        """What a fleet calls proven before any rollout has completed."""
+        kinds = {d.hardware for d in self._devices.values() if d.fleet == fleet} | {""}
+        for component, name in baseline.items():
+            release = self._documents.get(name)
+            artifact = release.components.get(component) if release else None
+            if artifact is None:
+                continue
+            for hardware in kinds:
+                if (fleet, component, hardware) not in self._proven:
+                    value = Proven(release=name, digest=artifact.digest, at=0.0)
+                    self._proven[fleet, component, hardware] = value
+                    store.prove(conn, fleet, component, hardware, value, None)
+
+    def _apply(self, conn: Connection, action: Action, now: float) -> set[str]:
+        """Record one action and take it into the snapshot; answers the devices it touches."""
+        match action:
+            case Open():
+                return self._open(conn, action, now)
+            case Change():
+                return self._change_rollout(conn, action.rollout, now)
+            case Put():
+                return self._put(conn, action)
+            case Decision():
+                self._record(conn, action, now)
+            case Reject():
+                return self._reject(conn, action, now)
+            case Prove():
+                key = (action.fleet, action.component, action.hardware)
+                self._proven[key] = action.proven
+                store.prove(conn, *key, action.proven, None)
+                return {d.id for d in self._devices.values() if d.fleet == action.fleet}
+            case Finish():
+                store.finish_command(conn, action.command, action.state, action.result, now)
+                self._commands = [c for c in self._commands if c.id != action.command]
+            case Notice():
+                pass
+        return set()
+
+    def _open(self, conn: Connection, action: Open, now: float) -> set[str]:
+        rollout = replace(action.rollout, id=ulid.new(now, self._ports.entropy(10)))
+        rollout = replace(rollout, flags={**rollout.flags, "watermark": self._evidence.watermark})
+        store.insert_rollout(conn, rollout)
+        self._rollouts[rollout.id] = rollout
+        self._pinned[rollout.id] = action.pinned
+        self._members[rollout.id] = {}
+        self._evidence.open(rollout, action.pinned, ())
+        opened = Decision(
+            rollout=rollout.id, kind="open", verdict="opened", sentence=rollout.sentence
+        )
+        self._record(conn, opened, now)
+        return set()
+
+    def _change_rollout(self, conn: Connection, after: Rollout, now: float) -> set[str]:
+        before = self._rollouts[after.id]
+        store.update_rollout(conn, before, after)
+        self._rollouts[after.id] = after
+        if before.active and not after.active:
+            self._evidence.close(after.id)
+        if before.state is not after.state:
+            log.info(
+                "rollout",
+                rollout=after.id,
+                name=after.name,
+                state=str(after.state),
+                sentence=after.sentence,
+                commit=after.commit,
+            )
+            return set(self._members.get(after.id, {}))
+        return set()
+
+    def _put(self, conn: Connection, action: Put) -> set[str]:
+        store.put_members(conn, action.rollout, action.members)
+        known = self._members.setdefault(action.rollout, {})
+        for member in action.members:
+            before = known.get(member.device)
+            known[member.device] = member
+            self._evidence.member(action.rollout, before, member)
+        return {m.device for m in action.members if m.arm in _ACTING}
+
+    def _record(self, conn: Connection, decision: Decision, now: float) -> None:
+        rollout = self._rollouts[decision.rollout]
+        pinned = self._pinned[decision.rollout]
+        name = ulid.new(now, self._ports.entropy(10))
+        store.insert_decision(
+            conn,
+            {
+                "id": name,
+                "rollout": decision.rollout,
+                "at": now,
+                "kind": decision.kind,
+                "verdict": decision.verdict,
+                "sentence": decision.sentence,
+                "inputs": dict(decision.inputs),
+                "numbers": dict(decision.numbers),
+                "watermark": self._evidence.watermark,
+                "commit": rollout.commit,
+                "policy": {"name": pinned.policy.name},
+                "term": self._issuer.term,
+            },
+        )
+        audit.append(
+            conn,
+            at=now,
+            actor="controller",
+            action=f"{decision.kind}:{decision.verdict}",
+            subject=rollout.name,
+            detail={"decision": name, "rollout": rollout.id, "sentence": decision.sentence},
+        )
+        log.info(
+            "decision",
+            rollout=rollout.id,
+            name=rollout.name,
+            kind=decision.kind,
+            verdict=decision.verdict,
+            sentence=decision.sentence,
+            commit=rollout.commit,
+        )
+
+    def _reject(self, conn: Connection, action: Reject, now: float) -> set[str]:
+        rollout = self._rollouts[action.rollout]
+        row: dict[str, Any] = {
+            "name": rollout.name,
+            "fleet": rollout.fleet,
+            "release": rollout.release,
+            "digest": rollout.digest,
+            "artifacts": rollout.artifacts,
+            "flags": rollout.flags,
+        }
+        hold = add_hold(
+            conn,
+            row,
+            to=action.to,
+            actor=action.actor,
+            reason=action.reason,
+            incident=None,
+            now=now,
+        )
+        after = replace(rollout, flags={**rollout.flags, "hold": hold, "cause": action.reason})
+        store.update_rollout(conn, rollout, after)
+        self._rollouts[rollout.id] = after
+        self._holds, self._rejected = store.load_holds(conn)
+        return set(self._members.get(rollout.id, {}))
+
+    # -- orders -----------------------------------------------------------------------------------
+
+    def _order(self, conn: Connection, dirty: Iterable[str], now: float) -> None:
+        """Compose and sign the orders of these devices, where they differ from the last ones."""
+        rows, gone = [], []
+        for name in sorted(set(dirty)):
+            device = self._devices.get(name)
+            if device is None:
+                continue
+            if not device.governed or self._moved_since_order(device):
+                gone += [name] if self._orders.pop(name, None) else []
+            if not device.governed:
+                continue
+            made = self._order_of(device, now)
+            if made is not None:
+                self._orders[name] = made[0]
+                rows.append(made[1])
+        if gone:
+            store.clear_orders(conn, gone)
+        if rows:
+            store.put_orders(conn, rows)
+
+    def _moved_since_order(self, device: Device) -> bool:
+        order = self._orders.get(device.id)
+        return order is not None and device.moved_at is not None and device.moved_at > order.at
+
+    def _order_of(self, device: Device, now: float) -> tuple[Order, dict[str, Any]] | None:
+        row, last = self._seen.get(device.id), self._orders.get(device.id)
+        target = desired.compose(self._place(device, row, last), self._catalog, now)
+        if target is None:
+            return None
+        running = row.components if row else {}
+        if not desired.differs(target, last, running) and not _stale(last, row, now):
+            return None
+        if last is None and row is None:
+            return None  # never heard and never told: its first report says what it runs
+        return build(self._issuer, device, target, self._catalog, last, row, now)
+
+    def _place(self, device: Device, row: DeviceRow | None, last: Order | None) -> desired.Place:
+        speaking, past = [], {}
+        for rollout_id, members in self._members.items():
+            member = members.get(device.id)
+            if member is None:
+                continue
+            rollout = self._rollouts[rollout_id]
+            if rollout.active and rollout.fleet == device.fleet:
+                speaking.append((rollout, member))
+            if member.previous is not None and member.state is not MemberState.DRAWN:
+                past[rollout.name] = member
+        fleet = self._head.manifests.fleets.get(device.fleet) if self._head else None
+        return desired.Place(
+            device=device,
+            running=row.components if row else {},
+            last=last,
+            memberships=speaking,
+            past=past,
+            holds=[h for h in self._holds if h.fleet == device.fleet],
+            stops=self._stops,
+            proven=self._proven_for(device),
+            on_unknown=str(fleet.on_unknown) if fleet else "keep",
+        )
+
+    def _proven_for(self, device: Device) -> dict[str, Proven]:
+        found: dict[str, Proven] = {}
+        for (fleet, component, hardware), proven in self._proven.items():
+            if fleet == device.fleet and hardware in ("", device.hardware):
+                best = found.get(component)
+                if best is None or proven.at > best.at or hardware:
+                    found[component] = proven
+        return found
+
+
+def _stale(last: Order | None, row: DeviceRow | None, now: float) -> bool:
+    """Must the same order go out again, under a new generation?"""
+    if last is None or row is None:
+        return False
+    if (row.term, row.generation) > (last.term, last.generation):
+        return True  # it obeys a newer word than ours: a restored backup, or another controller
+    waits_for_lease = Reason.LEASE_EXPIRED in row.blocked_by and last.kind == Kind.INSTALL
+    return waits_for_lease and row.generation == last.generation

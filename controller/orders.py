@@ -1,0 +1,154 @@
+"""Turns targets into signed orders, and brings them to the broker.
+
+`build` makes the row of one order: signed for its device, its term and generation above all that
+the device has seen. `Outbox.publish` sends what the database holds and the broker may not have;
+it can be repeated at any time, because an order is level state and the broker is only its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+from sqlalchemy import Engine
+
+from controller.keys import DirectorKey
+from controller.rollout.desired import Catalog, Target
+from controller.rollout.model import Device, Order, Told
+from controller.store import rollouts as store
+from device_agent.protocol import Channel, ComponentOrder, Desired, Kind, timestamp, topic
+from telemetry.report import DeviceRow
+from telemetry.store.database import reading, writing
+
+
+class Broker(Protocol):
+    """What publishing needs: `telemetry.broker.Publisher`, or the simulation's."""
+
+    def publish(
+        self,
+        messages: Sequence[tuple[str, bytes]],
+        *,
+        qos: int = 1,
+        retain: bool = True,
+        timeout: float = 10.0,
+    ) -> list[bool]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Issuer:
+    """What every order of this controller shares."""
+
+    key: DirectorKey
+    term: int
+    base_url: str  # where devices fetch artifacts that name no other place
+    lease: timedelta = timedelta(hours=1)
+
+
+def build(
+    issuer: Issuer,
+    device: Device,
+    target: Target,
+    catalog: Catalog,
+    last: Order | None,
+    row: DeviceRow | None,
+    now: float,
+) -> tuple[Order, dict[str, Any]]:
+    """(the order, its row for the desired table): signed, and newer than all the device knows."""
+    term = max(issuer.term + device.term, row.term if row else 0)
+    generation = 1 + max(last.generation if last else 0, row.generation if row else 0)
+    issued = datetime.fromtimestamp(now, UTC)
+    forward = target.kind is Kind.INSTALL
+    order = Order(
+        device=device.id,
+        term=term,
+        generation=generation,
+        attempt=target.attempt,
+        kind=str(target.kind),
+        components=target.components,
+        at=now,
+    )
+    desired = Desired(
+        device=device.id,
+        term=term,
+        generation=generation,
+        attempt=target.attempt,
+        kind=target.kind,
+        components={
+            component: _component(component, told, catalog, issuer.base_url)
+            for component, told in sorted(target.components.items())
+            if _known(component, told, catalog)
+        },
+        preconditions=target.preconditions if forward else (),
+        security_epoch=target.security_epoch,
+        issued_at=timestamp(issued),
+        not_after=timestamp(issued + issuer.lease) if forward else None,
+    )
+    values = {
+        "device": device.id,
+        "term": term,
+        "generation": generation,
+        "attempt": target.attempt,
+        "kind": str(target.kind),
+        "components": {c: asdict(told) for c, told in target.components.items()},
+        "rollout": next((t.rollout for t in target.components.values() if t.rollout), None),
+        "body": issuer.key.sign(desired),
+        "at": now,
+        "published": False,
+    }
+    return order, values
+
+
+def _known(component: str, told: Told, catalog: Catalog) -> bool:
+    # A component that runs what no release document names cannot be ordered, only left alone.
+    return catalog.owner(component, told.digest, told.release) is not None
+
+
+def _component(component: str, told: Told, catalog: Catalog, base_url: str) -> ComponentOrder:
+    release = catalog.owner(component, told.digest, told.release)
+    assert release is not None  # noqa: S101 - _known filtered
+    artifact = release.components[component]
+    own = f"{base_url}/artifacts/{artifact.digest}"
+    return ComponentOrder(
+        release=release.name,
+        digest=artifact.digest,
+        size=artifact.size,
+        urls=(artifact.url,) if artifact.url else (own,),
+        installer=str(release.installer),
+    )
+
+
+class Outbox:
+    """Publishes what is not published yet; a part that failed stays for the next time."""
+
+    def __init__(self, engine: Engine, broker: Broker, *, batch: int = 2_000) -> None:
+        self._engine = engine
+        self._broker = broker
+        self._batch = batch
+
+    def publish(self) -> int:
+        """Send all that waits; answers how many the broker took."""
+        sent = 0
+        while True:
+            with reading(self._engine) as conn:
+                waiting = store.unpublished(conn, self._batch)
+            if not waiting:
+                return sent
+            messages = [(topic(device, Channel.DESIRED), body) for device, body, _ in waiting]
+            taken = self._broker.publish(messages)
+            done = [
+                (device, generation)
+                for (device, _, generation), ok in zip(waiting, taken, strict=True)
+                if ok
+            ]
+            with writing(self._engine) as conn:
+                store.mark_published(conn, done)
+            sent += len(done)
+            if len(done) < len(waiting):
+                return sent  # the broker is away or slow: the loop comes again
+
+
+def told_map(order: Order | None) -> Mapping[str, str]:
+    """component → digest of an order; empty for none."""
+    return {c: told.digest for c, told in order.components.items()} if order else {}
