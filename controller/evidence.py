@@ -1,0 +1,85 @@
+"""Keeps the evidence of every active rollout: feeds telemetry into the ledgers as it arrives.
+
+A ledger is a pure fold over health rows (`telemetry.evidence.ledger`); this file only reads new
+batches, remembers where it stands, and tells the ledgers who is enrolled. After a restart it reads
+the kept rows again: the fold's answer depends on the rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from controller.rollout.model import Arm, Member, MemberState, Rollout
+from controller.rollout.waves import Pinned
+from telemetry.evidence.ledger import Enrolment, Ledger, Observations
+from telemetry.report import HealthRow, TelemetryReader
+
+
+class Evidence:
+    def __init__(self, reader: TelemetryReader) -> None:
+        self._reader = reader
+        self._ledgers: dict[str, Ledger] = {}
+        self._read_to: dict[str, int] = {}
+        self._rollouts: dict[str, Rollout] = {}
+        self.watermark = reader.watermark()
+
+    def open(self, rollout: Rollout, pinned: Pinned, members: Iterable[Member]) -> None:
+        """Start the ledger of a rollout; rows from before it are the devices' own baselines."""
+        self._ledgers[rollout.id] = Ledger(pinned.policy.judged)
+        self._rollouts[rollout.id] = rollout
+        for member in members:
+            self.member(rollout.id, None, member)
+        self._catch_up(rollout.id, 0)
+
+    def close(self, rollout: str) -> None:
+        for table in (self._ledgers, self._read_to, self._rollouts):
+            table.pop(rollout, None)
+
+    def member(self, rollout: str, before: Member | None, after: Member) -> None:
+        """Enrol, or censor, by what became of a member."""
+        ledger = self._ledgers.get(rollout)
+        if ledger is None:
+            return
+        if after.state is MemberState.LEFT:
+            ledger.censor(after.device, after.left_at or after.updated_at)
+            return
+        if before is not None and before.arm is Arm.CONTROL and after.arm is not Arm.CONTROL:
+            ledger.censor(after.device, after.drawn_at)
+        enrolled = before is not None and before.arm is after.arm and before.exposed_at is not None
+        if after.arm is Arm.RETURNING or after.exposed_at is None or enrolled:
+            return
+        ledger.enrol(self._enrolment(rollout, after))
+
+    def read(self) -> None:
+        """Take in the batches that were committed since the last time."""
+        self.watermark = self._reader.watermark()
+        for rollout, read_to in list(self._read_to.items()):
+            if read_to < self.watermark:
+                self._catch_up(rollout, read_to)
+
+    def observations(self) -> Mapping[str, Observations]:
+        return {rollout: ledger.snapshot() for rollout, ledger in self._ledgers.items()}
+
+    def _catch_up(self, rollout: str, read_to: int) -> None:
+        while rows := self._reader.health_since(read_to):
+            self._ledgers[rollout].add(rows)
+            read_to = _last_batch(rows)
+        self._read_to[rollout] = max(read_to, self.watermark)
+
+    def _enrolment(self, rollout: str, member: Member) -> Enrolment:
+        exposed = member.arm is Arm.EXPOSED
+        return Enrolment(
+            device=member.device,
+            arm="exposed" if exposed else "control",
+            wave=member.step,
+            hardware=member.hardware,
+            band=member.band,
+            since=member.exposed_at or member.drawn_at,
+            until=None,
+            attempt=member.attempt if exposed else None,
+            digests=self._rollouts[rollout].artifacts if exposed else {},
+        )
+
+
+def _last_batch(rows: Iterable[HealthRow]) -> int:
+    return max(row.batch for row in rows)

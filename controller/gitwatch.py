@@ -1,0 +1,299 @@
+"""Watches the fleet repository: fetches, accepts or refuses the new head, keeps the last good one.
+
+Rules, in order:
+
+1. A head that does not descend from the accepted one freezes the fleet there, and says so.
+2. With `--allowed-signers`, every commit since the accepted one must carry a good signature.
+3. All documents are read and checked together; a broken one blocks the rollouts that reference it,
+   nothing else; their last good state stays in force because they open nothing new.
+4. Git away: the accepted head stays; after `stale_after` nothing widens.
+
+What it found stands in `meta["git"]`, for status, API and metrics.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import structlog
+from sqlalchemy import Engine, insert, select, update
+
+from controller.fleetrepo import FleetRepo, RepoUnavailable
+from controller.manifests.admission import admit
+from controller.manifests.reader import Manifests, Problem, Reading, read
+from controller.recorder import Recorder
+from controller.rollout.world import Head
+from controller.store import rollouts as store
+from controller.store.tables import devices, holds, releases
+from telemetry.store.database import reading, writing
+
+log = structlog.get_logger()
+
+STALE_AFTER = 24 * 3600.0  # gitStaleAfter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GitState:
+    """What people see of the repository: `meta["git"]`."""
+
+    url: str
+    branch: str
+    accepted: str | None = None
+    author: str = ""
+    accepted_at: float | None = None
+    head: str | None = None
+    checked_at: float | None = None
+    heard_at: float | None = None
+    refused: str = ""  # why the head is not the accepted commit
+    problems: tuple[Mapping[str, Any], ...] = field(default_factory=tuple)
+
+
+class GitWatch:
+    """`poll` does one round; `current` answers the accepted head; `run` polls until stopped."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        repo: FleetRepo,
+        recorder: Recorder,
+        *,
+        url: str,
+        branch: str,
+        clock: Callable[[], float] = time.time,
+        stale_after: float = STALE_AFTER,
+        woken: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine, self._repo, self._recorder = engine, repo, recorder
+        self._clock, self._stale_after, self._woken = clock, stale_after, woken
+        self._current: Head | None = None
+        self._state = GitState(url=url, branch=branch)
+        self._wake = threading.Event()
+        self._stopping = False
+        self._restore()
+
+    def current(self) -> Head | None:
+        return self._current
+
+    def wake(self) -> None:
+        """Look now: a webhook came, or a hold waits to be recorded."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def run(self, interval: float, jitter: Callable[[], float]) -> None:
+        """Poll every `interval` seconds (spread by jitter() in 0…1) until `stop`."""
+        while not self._stopping:
+            try:
+                self.poll(self._clock())
+            except Exception:  # the watcher's outermost turn: logged, and tried again
+                log.exception("git")
+            self._wake.wait(interval * (0.5 + jitter()))
+            self._wake.clear()
+
+    def poll(self, now: float) -> None:
+        """Fetch once, take in what is new, and record what waits for Git."""
+        try:
+            fetched = self._repo.fetch()
+        except RepoUnavailable as error:
+            self._note(now, heard=False, refused=str(error))
+            return
+        commit = fetched.commit
+        if commit == self._state.accepted:
+            self._note(now, heard=True, refused="", head=commit)
+            self._refresh(now)
+        elif why := self._refusal(commit):
+            self._note(now, heard=True, refused=why, head=commit)
+        else:
+            self._accept(commit, now)
+        if self._recorder.run_once(now):
+            self._wake.set()
+
+    def _refusal(self, commit: str) -> str:
+        accepted = self._state.accepted
+        if accepted is not None and not self._repo.descends(commit, accepted):
+            return (
+                f"{commit[:10]} does not descend from the accepted {accepted[:10]}: history was "
+                "rewritten; the fleet stays at the accepted commit until a descendant is pushed"
+            )
+        unsigned = self._repo.verify(accepted, commit)
+        return "; ".join(str(problem) for problem in unsigned[:3])
+
+    def _accept(self, commit: str, now: float) -> None:
+        info = self._repo.info(commit)
+        self._current, problems = self._head(commit, info.author)
+        if self._current is not None:
+            self._take_holds(self._current.manifests, commit, now)
+        self._state = GitState(
+            url=self._state.url,
+            branch=self._state.branch,
+            accepted=commit,
+            author=info.author,
+            accepted_at=now,
+            problems=tuple(_plain(problem) for problem in problems),
+        )
+        self._note(now, heard=True, refused="", head=commit)
+        log.info("accepted", commit=commit, author=info.author, problems=len(problems))
+        self._woken()
+
+    def _head(self, commit: str, author: str) -> tuple[Head, list[Problem]]:
+        content = read(self._repo.read(commit))
+        with reading(self._engine) as conn:
+            known = {row.name: row.digest for row in conn.execute(select(releases))}
+            registry = {row.id: row.labels for row in conn.execute(select(devices))}
+        problems = [*content.problems, *admit(content, registry), *_rewritten(content, known)]
+        blocked: dict[str, str] = {}
+        for problem in problems:
+            if problem.severity != "error":
+                continue
+            for name in problem.blocks or content.manifests.rollouts:
+                blocked.setdefault(name, str(problem))
+        head = Head(commit=commit, author=author, manifests=content.manifests, blocked=blocked)
+        return head, problems
+
+    def _take_holds(self, manifests: Manifests, commit: str, now: float) -> None:
+        """Holds and lifts that people (or we, before a wipe) wrote into Git come into force."""
+        with writing(self._engine) as conn:
+            known = {row.id for row in conn.execute(select(holds.c.id))}
+            for hold in manifests.holds.values():
+                if hold.id in known:
+                    continue
+                rollout = manifests.rollouts.get(hold.rollout)
+                release = manifests.releases.get(hold.rejects_release)
+                artifacts = [a.digest for a in release.artifacts] if release else []
+                conn.execute(
+                    insert(holds).values(
+                        id=hold.id,
+                        rollout=hold.rollout,
+                        fleet=rollout.fleet if rollout else "",
+                        release=hold.rejects_release,
+                        digest=hold.rejects_digest,
+                        artifacts=self._changed(artifacts, manifests, hold.rollout),
+                        to=str(hold.to),
+                        scope={"all": True},
+                        reason=hold.reason,
+                        actor=hold.actor,
+                        incident=hold.incident,
+                        created_at=_moment(hold.created_at, now),
+                        commit=commit,
+                    )
+                )
+            for lift in manifests.lifts.values():
+                conn.execute(
+                    update(holds)
+                    .where(holds.c.id == lift.hold, holds.c.lifted_at.is_(None))
+                    .values(
+                        lift=lift.id,
+                        lifted_at=now,
+                        lifted_by=lift.actor,
+                        lift_reason=lift.reason,
+                        lift_commit=commit,
+                    )
+                )
+
+    def _changed(self, artifacts: list[str], manifests: Manifests, rollout: str) -> list[str]:
+        """The rejected artifacts: those that the fleet's proven set does not contain."""
+        wanted = manifests.rollouts.get(rollout)
+        with reading(self._engine) as conn:
+            proven = store.load_proven(conn)
+        fleet = wanted.fleet if wanted else ""
+        before = {value.digest for (name, _, _), value in proven.items() if name == fleet}
+        return [digest for digest in artifacts if digest not in before] or artifacts
+
+    def _restore(self) -> None:
+        """After a restart: the head that was accepted last, from the local clone, without Git."""
+        with reading(self._engine) as conn:
+            kept = store.get_meta(conn, "git")
+        if not kept or kept.get("url") != self._state.url or not kept.get("accepted"):
+            return
+        problems = tuple(kept.pop("problems", ()))
+        self._state = GitState(**kept, problems=problems)
+        try:
+            self._current, _ = self._head(kept["accepted"], kept["author"])
+        except (RepoUnavailable, OSError, ValueError):
+            log.warning("git", event_detail="the local clone is gone: waiting for the remote")
+            self._state = GitState(url=self._state.url, branch=self._state.branch)
+
+    def _refresh(self, now: float) -> None:
+        """Devices were enrolled since: what depends on the registry is checked again."""
+        if self._current is None or self._state.accepted is None:
+            return
+        head, problems = self._head(self._state.accepted, self._state.author)
+        plain = tuple(_plain(problem) for problem in problems)
+        if plain != self._state.problems:
+            values = {**_state(self._state), "problems": plain}
+            self._state = GitState(**values)
+            self._current = head
+            self._note(now, heard=True, refused="", head=self._state.accepted)
+
+    def _note(self, now: float, *, heard: bool, refused: str, head: str | None = None) -> None:
+        values = {**_state(self._state), "checked_at": now, "refused": refused}
+        if heard:
+            values |= {"heard_at": now, "head": head}
+        self._state = GitState(**values)
+        last = self._state.heard_at or now
+        if self._current is not None:
+            stale = now - last > self._stale_after
+            self._current = Head(
+                commit=self._current.commit,
+                author=self._current.author,
+                manifests=self._current.manifests,
+                blocked=self._current.blocked,
+                stale=stale,
+            )
+        with writing(self._engine) as conn:
+            store.put_meta(conn, "git", _json(self._state))
+
+
+def _rewritten(content: Reading, known: Mapping[str, str]) -> list[Problem]:
+    """Releases are immutable: a name that already meant another digest is an error."""
+    found = []
+    for name, release in content.manifests.releases.items():
+        if known.get(name, release.digest) == release.digest:
+            continue
+        path, _, line = content.manifests.origin.get(("Release", name), "?:1").rpartition(":")
+        users = frozenset(r.name for r in content.manifests.rollouts.values() if r.release == name)
+        found.append(
+            Problem(
+                path=path,
+                line=int(line),
+                col=1,
+                field="spec.artifacts",
+                message=f"release {name} is immutable and was {known[name][:19]}… before: "
+                "give the changed one a new name",
+                severity="error",
+                blocks=users or frozenset({name}),
+            )
+        )
+    return found
+
+
+def _plain(problem: Problem) -> dict[str, Any]:
+    return {
+        "path": problem.path,
+        "line": problem.line,
+        "col": problem.col,
+        "field": problem.field,
+        "message": problem.message,
+        "severity": str(problem.severity),
+        "text": str(problem),
+    }
+
+
+def _state(state: GitState) -> dict[str, Any]:
+    values = asdict(state)
+    values["problems"] = state.problems
+    return values
+
+
+def _json(state: GitState) -> dict[str, Any]:
+    return {**_state(state), "problems": [dict(problem) for problem in state.problems]}
+
+
+def _moment(value: Any, now: float) -> float:
+    return float(value.timestamp()) if hasattr(value, "timestamp") else now
