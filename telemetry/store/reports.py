@@ -11,6 +11,7 @@ Rules, in order:
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import psycopg
 from sqlalchemy import Connection, Engine, Select, delete, func, select, update
+from sqlalchemy.exc import DataError, IntegrityError
 
 from device_agent.protocol import ComponentReport, HistoryEntry, Presence, State
 from telemetry.report import DeviceRow, HealthRow, Level, Totals
@@ -52,6 +55,27 @@ _counters = msgspec.json.Decoder(dict[str, int])
 _exposure = msgspec.json.Decoder(dict[str, float])
 
 
+# The rows are at fault, not the database: trying again cannot help. Bulk rows go past SQLAlchemy,
+# therefore the drivers' own errors too.
+_AT_FAULT = (
+    DataError,
+    IntegrityError,
+    psycopg.DataError,
+    psycopg.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+
+
+class Unstorable(Exception):
+    """A batch that the database will never take; nothing of it was written."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Turn:
     number: int
@@ -65,12 +89,18 @@ class Store:
         self._engine = engine
 
     def write(self, batch: Batch, now: float) -> Written:
-        """Commit a batch; whatever the database raises leaves nothing of it behind."""
-        with writing(self._engine) as connection:
-            turn = _take_turn(connection, probe=batch.probe, now=now)
-            known = _load(connection, batch)
-            changes = fold(batch.messages, known, batch=turn.number, clock=turn.clock, now=now)
-            _save(connection, changes, known, batch, turn, now)
+        """Commit a batch; raises Unstorable, or what an absent database raises.
+
+        Whatever is raised leaves nothing of the batch behind.
+        """
+        try:
+            with writing(self._engine) as connection:
+                turn = _take_turn(connection, probe=batch.probe, now=now)
+                known = _load(connection, batch)
+                changes = fold(batch.messages, known, batch=turn.number, clock=turn.clock, now=now)
+                _save(connection, changes, known, batch, turn, now)
+        except _AT_FAULT as error:
+            raise Unstorable(str(error)) from error
         return Written(batch=turn.number, verdicts=tuple(changes.verdicts), shifted=changes.shifted)
 
     def forget(self, device: str, now: float) -> None:

@@ -1,0 +1,173 @@
+"""Topics and bytes in, one committed batch and its acknowledgements out. No clock, no network.
+
+Every message is believed or refused, and every refusal is counted by its reason; none raises.
+Rules, in order:
+
+1. A topic must name a device and a channel that devices speak on.
+2. The device must be in the registry and active: a retired or quarantined one is not heard.
+3. A device has a token bucket; what exceeds it is refused before it is decoded, and not
+   acknowledged: an honest device sends it again.
+4. The bytes must decode strictly (`telemetry.decode`).
+5. Acknowledged is what was committed, or counted before; nothing else, and never before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from device_agent.protocol import (
+    Channel,
+    Health,
+    Presence,
+    ProtocolError,
+    Reported,
+    parse_topic,
+)
+from telemetry import metrics
+from telemetry.acks import Acks
+from telemetry.decode import decode
+from telemetry.store.fold import Batch, Heard, Written
+from telemetry.store.reports import Unstorable
+from telemetry.store.seen import Verdict
+
+PROBE_TOPIC = "bw/service/probe"
+ACTIVE = "active"
+
+log = structlog.get_logger("bellwether.ingest")
+
+Registry = Callable[[], Mapping[str, str]]  # device → status
+Bytes = tuple[str, bytes]  # topic, payload
+
+_SPOKEN: Mapping[Channel, type[Reported] | type[Health] | type[Presence]] = {
+    Channel.REPORTED: Reported,
+    Channel.HEALTH: Health,
+    Channel.PRESENCE: Presence,
+}
+
+
+class Writer(Protocol):
+    def write(self, batch: Batch, now: float) -> Written: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    per_second: float = 100.0  # messages of one device, lasting
+    burst: float = 1000.0  # and at once: an outbox that was offline for hours
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchResult:
+    rows: int  # messages counted for the first time
+    acks: list[Bytes] = field(default_factory=list)
+    refusals: Counter[str] = field(default_factory=Counter)
+    batch: int = 0  # the last watermark that it wrote
+
+
+class Ingest:
+    def __init__(self, store: Writer, registry: Registry, limits: Limits | None = None) -> None:
+        self._store = store
+        self._registry = registry
+        self._limits = limits or Limits()
+        self._buckets: dict[str, tuple[float, float]] = {}  # device → (tokens, when)
+        self._acks = Acks()
+
+    def batch(self, messages: Sequence[Bytes], now: float) -> BatchResult:
+        """Read, commit, acknowledge; raises what the database raises when it is not there."""
+        return self.commit(self.read(messages, now), now)
+
+    def read(self, messages: Sequence[Bytes], now: float) -> Batch:
+        """Believe or refuse; charges the buckets, so call it once per message received."""
+        believed: list[Heard] = []
+        refusals: Counter[str] = Counter()
+        devices, probe = self._registry(), False
+        for topic, payload in messages:
+            if topic == PROBE_TOPIC:
+                probe = True
+                continue
+            try:
+                believed.append(self._believe(topic, payload, devices, now))
+            except ProtocolError as error:
+                refusals[error.reason] += 1
+            except Exception:  # one device's bytes must not deafen us to the others
+                log.exception("message_not_understood", topic=topic[:120])
+                refusals["internal"] += 1
+        return Batch(messages=believed, refusals=refusals, probe=probe)
+
+    def commit(self, batch: Batch, now: float) -> BatchResult:
+        """Write a batch, and settle its acks; may be called again with the same batch."""
+        refusals = Counter(batch.refusals)
+        new, number = 0, 0
+        for part, written in self._write(batch, now):
+            number = written.batch
+            metrics.count("bellwether_ingest_clock_shifted_total", written.shifted)
+            for heard, verdict in zip(part.messages, written.verdicts, strict=True):
+                self._settle(heard, verdict)
+                if verdict is Verdict.NEW:
+                    new += 1
+                else:
+                    refusals[verdict.value] += 1
+            for reason in part.refusals.keys() - batch.refusals.keys():
+                refusals[reason] += part.refusals[reason]
+        metrics.count("bellwether_ingest_messages_total", new)
+        metrics.gauge("bellwether_ingest_watermark", number)
+        for reason, n in refusals.items():
+            metrics.count("bellwether_ingest_refused_total", n, reason=reason)
+        return BatchResult(rows=new, acks=self.due(now), refusals=refusals, batch=number)
+
+    def due(self, now: float) -> list[Bytes]:
+        """Acks that had to wait for their second."""
+        return self._acks.due(now)
+
+    def owes(self) -> bool:
+        return self._acks.waiting()
+
+    def _believe(self, topic: str, payload: bytes, devices: Mapping[str, str], now: float) -> Heard:
+        device, channel = parse_topic(topic)
+        spoken = _SPOKEN.get(channel)
+        if spoken is None:
+            raise ProtocolError("wrong_channel", f"{channel} is ours to publish")
+        status = devices.get(device)
+        if status != ACTIVE:
+            raise ProtocolError(f"{status or 'unknown'}_device", device)
+        if not self._spend(device, now):
+            raise ProtocolError("rate_limited", device)
+        return Heard(device, decode(spoken, payload))
+
+    def _spend(self, device: str, now: float) -> bool:
+        limits = self._limits
+        tokens, at = self._buckets.get(device, (limits.burst, now))
+        tokens = min(limits.burst, tokens + max(0.0, now - at) * limits.per_second)
+        allowed = tokens >= 1.0
+        self._buckets[device] = (tokens - allowed, now)
+        return allowed
+
+    def _write(self, batch: Batch, now: float) -> list[tuple[Batch, Written]]:
+        """Commit; what the database will never take is found by halving, and refused alone."""
+        try:
+            return [(batch, self._store.write(batch, now))]
+        except Unstorable as error:
+            if not batch.messages:
+                raise
+            if len(batch.messages) == 1:
+                log.warning("unstorable", device=batch.messages[0].device, error=str(error)[:300])
+                refusals = {**batch.refusals, "unstorable": 1}
+                return self._write(Batch(refusals=refusals, probe=batch.probe), now)
+        middle = len(batch.messages) // 2
+        head = Batch(messages=batch.messages[:middle], refusals=batch.refusals, probe=batch.probe)
+        return [*self._write(head, now), *self._write(Batch(messages=batch.messages[middle:]), now)]
+
+    def _settle(self, heard: Heard, verdict: Verdict) -> None:
+        message = heard.message
+        if isinstance(message, Presence) or verdict is Verdict.LATE:
+            return
+        if isinstance(message, Health):
+            if verdict is Verdict.NEW:
+                metrics.count("bellwether_outbox_dropped_total", message.dropped)
+            self._acks.note(heard.device, message.boot, message.seq)
+            return
+        self._acks.note(heard.device, message.boot, message.seq, message.nonce)
