@@ -1,0 +1,83 @@
+"""`bellwether serve`: run the service, or one role of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve")(serve)
+
+
+def serve(
+    repo: Annotated[
+        str | None, typer.Option(help="Fleet repository: a path, file://, https:// or ssh:// URL.")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch to follow. [default: main]")] = None,
+    path: Annotated[str | None, typer.Option(help="Folder of the manifests in it.")] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Where databases, keys and artifacts are kept.")
+    ] = None,
+    database: Annotated[
+        str | None, typer.Option(help="postgresql+psycopg://… ; SQLite files without it.")
+    ] = None,
+    broker: Annotated[
+        str | None, typer.Option(help="mqtt://host:port ; a Mosquitto child without it.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="ADDRESS:PORT for HTTP. [default: 127.0.0.1:8420]")
+    ] = None,
+    role: Annotated[
+        str | None, typer.Option(help="all, api, ingest or controller. [default: all]")
+    ] = None,
+    auth: Annotated[
+        str | None,
+        typer.Option(help="loopback (this machine's users are trusted) or required."),
+    ] = None,
+    public_url: Annotated[
+        str | None, typer.Option(help="How devices reach this server's HTTP.")
+    ] = None,
+    webhook_secret_file: Annotated[
+        Path | None, typer.Option(help="Secret that signs the Git webhook.")
+    ] = None,
+    allowed_signers: Annotated[
+        Path | None, typer.Option(help="SSH allowed-signers file: commits must be signed.")
+    ] = None,
+    poll_interval: Annotated[
+        float | None, typer.Option(help="Seconds between two looks at Git. [default: 30]")
+    ] = None,
+    show_settings: Annotated[
+        bool, typer.Option("--show-settings", help="Print the settings in force, and end.")
+    ] = False,
+) -> None:
+    """Run Bellwether: watch Git, roll releases out, take telemetry in, serve the API.
+
+    Flags are strongest, then BELLWETHER_* variables, then the TOML file. Ends in order on SIGTERM.
+    """
+    from controller.cli.serving import load, show
+
+    flags: dict[str, Any] = {
+        "repo": repo,
+        "branch": branch,
+        "path": path,
+        "state_dir": state_dir,
+        "database": database,
+        "broker": broker,
+        "listen": listen,
+        "role": role,
+        "auth": auth,
+        "public_url": public_url,
+        "webhook_secret_file": webhook_secret_file,
+        "allowed_signers": allowed_signers,
+        "poll_interval": poll_interval,
+    }
+    settings = load({name: value for name, value in flags.items() if value is not None})
+    if show_settings:
+        show(settings)
+        return
+    from controller.service import serve as run
+
+    raise typer.Exit(run(settings))

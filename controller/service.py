@@ -1,0 +1,323 @@
+"""The composition root: the only file that knows every adapter.
+
+`serve` runs one role in this process, or, for `all`, each role in a process of its own beside a
+Mosquitto child: a slow page cannot hold up a rollback, a dead ingest cannot take the API with it.
+A child that dies is started again with back-off; SIGTERM and SIGINT end all of them in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import structlog
+from sqlalchemy import Engine, select
+
+from controller import wake
+from controller.broker_admin import BrokerAdmin
+from controller.broker_child import BrokerChild, load_secret
+from controller.broker_roles import device_password, service_password
+from controller.devices import Registry
+from controller.fleetrepo import FleetRepo
+from controller.gitwatch import GitWatch
+from controller.keys import DirectorKey
+from controller.loop import Loop, Ports
+from controller.orders import Issuer
+from controller.recorder import Recorder
+from controller.settings import Settings
+from controller.store import rollouts as store
+from controller.store.database import open_control
+from controller.store.tables import devices
+from telemetry.broker import Publisher
+from telemetry.store.database import open_engine, reading, writing
+from telemetry.store.reports import Store
+from telemetry.store.tables import create_schema
+
+log = structlog.get_logger()
+
+ROLES = ("ingest", "controller", "api")
+RESTART_AFTER = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before the n-th restart in a row
+STEADY = 30.0  # a child that lived this long has recovered
+
+
+class AlreadyRunning(RuntimeError):
+    """Another controller works on this state directory."""
+
+
+# -- what every role shares -----------------------------------------------------------------------
+
+
+def control_engine(settings: Settings) -> Engine:
+    return open_control(settings.control_url)
+
+
+def telemetry_store(settings: Settings) -> Store:
+    engine = open_engine(settings.telemetry_url)
+    create_schema(engine)
+    return Store(engine)
+
+
+def broker_credentials(settings: Settings, service: str) -> tuple[str, str]:
+    return f"bw-{service}", service_password(load_secret(settings.state_dir), service)
+
+
+def director_key(settings: Settings) -> DirectorKey:
+    return DirectorKey.load_or_create(settings.state_dir / "keys" / "director.pem")
+
+
+# -- roles ----------------------------------------------------------------------------------------
+
+
+def run_controller(settings: Settings, stopping: threading.Event) -> None:
+    """The loop and the watcher of the fleet repository."""
+    engine, reader = control_engine(settings), telemetry_store(settings)
+    with _only_one(settings.state_dir), contextlib.ExitStack() as stack:
+        bell = wake.Bell(settings.state_dir)
+        stack.callback(bell.close)
+        heard = max((row.term for row in reader.devices_changed(0)), default=0)
+        with writing(engine) as conn:
+            term = store.take_over(conn, heard + 1)
+        repo = FleetRepo(
+            settings.repo,
+            settings.branch,
+            settings.path,
+            settings.state_dir / "git",
+            allowed_signers=settings.allowed_signers,
+        )
+        watch = GitWatch(
+            engine,
+            repo,
+            Recorder(engine, repo),
+            url=settings.repo,
+            branch=settings.branch,
+            woken=lambda: wake.poke(settings.state_dir),
+        )
+        watcher = threading.Thread(
+            target=watch.run, args=(settings.poll_interval, random.random), name="git"
+        )
+        watcher.start()
+        stack.callback(watcher.join, 15)
+        stack.callback(watch.stop)
+        publisher = Publisher(
+            settings.broker or "", *broker_credentials(settings, "controller"), "bw-controller"
+        )
+        publisher.start()
+        stack.callback(publisher.stop)
+        loop = Loop(
+            Ports(engine=engine, reader=reader, heads=watch, broker=publisher),
+            Issuer(key=director_key(settings), term=term, base_url=settings.public_url),
+        )
+        log.info("controller", term=term, repo=settings.repo)
+        _turn(loop, engine, publisher, bell, watch, settings.tick_interval, stopping)
+
+
+def _turn(
+    loop: Loop,
+    engine: Engine,
+    publisher: Publisher,
+    bell: wake.Bell,
+    watch: GitWatch,
+    interval: float,
+    stopping: threading.Event,
+) -> None:
+    connections = 0
+    while not stopping.is_set():
+        try:
+            if publisher.connections != connections:
+                # A new session with the broker: it may have forgotten what it kept for devices.
+                connections = publisher.connections
+                with writing(engine) as conn:
+                    store.unpublish_all(conn)
+            loop.tick(time.time())
+        except store.Fenced as error:
+            log.error("fenced", detail=str(error))
+            return
+        except Exception:  # the loop's outermost turn: logged, and tried again from the database
+            log.exception("tick")
+            stopping.wait(1.0)
+        if bell.wait(interval):
+            watch.wake()
+
+
+def run_ingest(settings: Settings, stopping: threading.Event) -> None:
+    """Broker → checked → committed → acknowledged."""
+    from telemetry.ingest_role import Role, run
+
+    engine = control_engine(settings)
+    username, password = broker_credentials(settings, "ingest")
+    role = Role(
+        url=settings.broker or "",
+        username=username,
+        password=password,
+        store=telemetry_store(settings),
+        registry=lambda: _statuses(engine),
+        retention=settings.retention,
+    )
+    run(role, stopping)
+
+
+def _statuses(engine: Engine) -> dict[str, str]:
+    with reading(engine) as conn:
+        return {row.id: row.status for row in conn.execute(select(devices.c.id, devices.c.status))}
+
+
+def run_api(settings: Settings, stopping: threading.Event) -> None:
+    """HTTP for people, devices and CI."""
+    import uvicorn
+
+    from controller.artifacts import ContentStore
+    from controller.http.app import Deps, create_app
+
+    engine, secret = control_engine(settings), load_secret(settings.state_dir)
+    admin = BrokerAdmin(settings.broker or "", *broker_credentials(settings, "admin"))
+    registry = Registry(engine, admin, secret)
+    app = create_app(
+        Deps(
+            engine=engine,
+            reader=telemetry_store(settings),
+            registry=registry,
+            content=ContentStore(settings.state_dir / "artifacts"),
+            key=director_key(settings),
+            settings=settings,
+            clock=time.time,
+        )
+    )
+    host, port = settings.address
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
+    )
+    server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+    threading.Thread(target=_stop_server, args=(server, stopping), daemon=True).start()
+    server.run()
+    admin.close()
+
+
+def _stop_server(server: object, stopping: threading.Event) -> None:
+    stopping.wait()
+    server.should_exit = True  # type: ignore[attr-defined]
+
+
+RUN: dict[str, Callable[[Settings, threading.Event], None]] = {
+    "controller": run_controller,
+    "ingest": run_ingest,
+    "api": run_api,
+}
+
+
+# -- all roles, each in its process ---------------------------------------------------------------
+
+
+def serve(settings: Settings) -> int:
+    """Run the role until SIGTERM or SIGINT; the exit code."""
+    stopping = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopping.set())
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if settings.role == "all":
+            return _all(settings, stopping)
+        RUN[settings.role](settings, stopping)
+    except AlreadyRunning as error:
+        print(f"bellwether: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def _all(settings: Settings, stopping: threading.Event) -> int:
+    engine = control_engine(settings)
+    telemetry_store(settings)
+    director_key(settings)
+    secret = load_secret(settings.state_dir)
+    with contextlib.ExitStack() as stack:
+        if settings.broker is None:
+            broker = BrokerChild(settings.state_dir)
+            broker.start(_passwords(engine, secret))
+            stack.callback(broker.stop)
+            settings = settings.model_copy(update={"broker": broker.url})
+            log.info("broker", url=broker.url)
+        children = [Child(role, settings) for role in ROLES]
+        for child in children:
+            child.start()
+            stack.callback(child.stop)
+        while not stopping.wait(0.2):
+            for child in children:
+                child.watch()
+    return 0
+
+
+def _passwords(engine: Engine, secret: bytes) -> list[tuple[str, str]]:
+    """What a broker needs to know again when it has forgotten."""
+    with reading(engine) as conn:
+        rows = conn.execute(
+            select(devices.c.id, devices.c.password_issue).where(devices.c.status == "active")
+        )
+        return [(row.id, device_password(secret, row.id, row.password_issue)) for row in rows]
+
+
+class Child:
+    """One role in its own process, started again when it dies."""
+
+    def __init__(self, role: str, settings: Settings) -> None:
+        self.role = role
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._failures = 0
+        self._again_at = 0.0
+
+    def start(self) -> None:
+        environment = {**os.environ, **self._settings.environment(), "BELLWETHER_ROLE": self.role}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "controller.cli", "serve"], env=environment
+        )
+        self._started = time.monotonic()
+
+    def watch(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            lived = time.monotonic() - self._started
+            self._failures = 0 if lived > STEADY else self._failures + 1
+            pause = RESTART_AFTER[min(self._failures, len(RESTART_AFTER) - 1)]
+            log.warning(
+                "died", role=self.role, code=self._process.returncode, again_in_seconds=pause
+            )
+            self._process, self._again_at = None, time.monotonic() + pause
+        if self._process is None and time.monotonic() >= self._again_at:
+            self.start()
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(5)
+
+
+@contextlib.contextmanager
+def _only_one(state_dir: Path) -> Iterator[IO[str]]:
+    """On one machine, one controller a state directory: the second one says so and leaves."""
+    with (state_dir / "controller.lock").open("a") as lock:
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise AlreadyRunning(
+                        f"another controller holds {state_dir}/controller.lock: stop it first"
+                    ) from None
+                time.sleep(0.2)
+        yield lock
