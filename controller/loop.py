@@ -23,7 +23,7 @@ from controller.commands import add_hold
 from controller.manifests.kinds import Release
 from controller.orders import Broker, Issuer, Outbox, build
 from controller.rollout import desired, reconcile
-from controller.rollout.evidence import Evidence
+from controller.evidence import Evidence
 from controller.rollout.model import (
     ActiveHold,
     ActiveStop,

@@ -1,0 +1,71 @@
+"""The audit trail: append-only rows, each chained to the one before by its hash.
+
+`append` writes within the caller's transaction, so that a change and its record stand or fall
+together. `verify` finds an edited, deleted or reordered row; a cut tail is found against a head
+that was kept elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from sqlalchemy import Connection, insert, select
+
+from controller.store.tables import audit
+from device_agent.protocol import canonical
+
+FIRST = "0" * 64
+
+
+def append(
+    conn: Connection,
+    *,
+    at: float,
+    actor: str,
+    action: str,
+    subject: str,
+    detail: Mapping[str, Any],
+) -> int:
+    """Append one row; answers its sequence number."""
+    last = conn.execute(
+        select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
+    ).first()
+    seq: int = last.seq + 1 if last else 1
+    row: dict[str, Any] = {
+        "seq": seq,
+        "at": at,
+        "actor": actor,
+        "action": action,
+        "subject": subject,
+        "detail": dict(detail),
+        "previous": last.hash if last else FIRST,
+    }
+    conn.execute(insert(audit).values(**row, hash=digest(row)))
+    return seq
+
+
+def digest(row: Mapping[str, Any]) -> str:
+    """The hash of a row over all its other columns, the previous hash among them."""
+    names = ("seq", "at", "actor", "action", "subject", "detail", "previous")
+    return sha256(canonical({name: row[name] for name in names})).hexdigest()
+
+
+def verify(conn: Connection, head: tuple[int, str] | None = None) -> list[str]:
+    """What is wrong with the chain, in sentences; `head` (seq, hash) was kept outside."""
+    problems, previous, seq = [], FIRST, 0
+    found_head = head is None
+    for row in conn.execute(select(audit).order_by(audit.c.seq)):
+        values = dict(row._mapping)
+        if row.seq != seq + 1:
+            problems.append(f"rows {seq + 1} to {row.seq - 1} are missing")
+        if row.previous != previous:
+            problems.append(f"row {row.seq} does not follow the row before it")
+        if digest(values) != row.hash:
+            problems.append(f"row {row.seq} was changed")
+        previous, seq = row.hash, row.seq
+        found_head = found_head or (row.seq, row.hash) == head
+    if not found_head:
+        problems.append(f"the kept head (row {head[0] if head else 0}) is not in the chain")
+    return problems

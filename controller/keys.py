@@ -1,0 +1,61 @@
+"""The director's signing key: Ed25519, kept in one file that only its owner reads."""
+
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from device_agent.protocol import Desired, Signature, canonical, envelope, to_wire
+
+
+class DirectorKey:
+    def __init__(self, private: Ed25519PrivateKey) -> None:
+        self._private = private
+        raw = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        self.public_hex = raw.hex()
+        self.keyid = sha256(raw).hexdigest()
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> DirectorKey:
+        """The key in `path`, made at first use; raises ValueError for a file that is none."""
+        if not path.exists():
+            _create(path)
+        key = load_pem_private_key(path.read_bytes(), password=None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ValueError(f"{path}: an Ed25519 private key in PEM is expected")
+        return cls(key)
+
+    def sign(self, desired: Desired) -> bytes:
+        """The `desired` message: the order in its envelope, with our signature."""
+        signature = self._private.sign(canonical(to_wire(desired)))
+        return envelope(desired, (Signature(keyid=self.keyid, sig=signature.hex()),))
+
+
+def _create(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pem = Ed25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    )
+    # Written aside and linked: of two processes that start at once, one key wins, whole.
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        pass
+    finally:
+        aside.unlink()
