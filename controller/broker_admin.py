@@ -101,12 +101,15 @@ class BrokerAdmin:
         commands = [{"command": "deleteClient", "username": device} for device in devices]
         self._send(commands)
         self._send([{"command": "deleteRole", "rolename": device} for device in devices])
+        with self._lock:
+            for device in devices:
+                self._connected().publish(f"bw/v1/{device}/desired", b"", qos=1, retain=True)
 
     def list_devices(self) -> set[str]:
         """The devices that have an account."""
         answer = self._send([{"command": "listClients", "verbose": False, "count": -1}])
         names = answer[0].get("data", {}).get("clients", [])
-        return {name for name in names if not name.startswith("@") and name != self._username}
+        return set(names) - broker_roles.SERVICES - {self._username}
 
     def sync(self, devices: Iterable[tuple[str, str]]) -> tuple[int, int]:
         """Make the broker's accounts equal to the registry's; answers (added, removed)."""

@@ -89,7 +89,7 @@ class BrokerChild:
         return self._process is not None and self._process.poll() is None
 
     def credentials(self, service: str) -> tuple[str, str]:
-        """(username, password) of a service: `@controller`, `@ingest` or `@admin`."""
+        """(username, password) of a service: CONTROLLER, INGEST or ADMIN."""
         return service, broker_roles.service_password(self.secret, service)
 
     def start(self, devices: Iterable[tuple[str, str]] | None = None) -> None:

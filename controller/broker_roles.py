@@ -7,7 +7,7 @@ Pure. Rules, in order:
    `presence`. Mosquitto 2.0 does not substitute `%u` in roles, so each device has its own role.
 3. A device's client id must be its own name: nobody can push another one off the broker.
 4. Only the ingest may join the shared subscription: who joins it takes a part of the telemetry.
-5. Service names begin with `@`, which no device id can.
+5. The names of the services are reserved: no device may be called like one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-CONTROLLER = "@controller"
-INGEST = "@ingest"
-ADMIN = "@admin"
+CONTROLLER = "bw-controller"
+INGEST = "bw-ingest"
+ADMIN = "bw-admin"
+SERVICES = frozenset({CONTROLLER, INGEST, ADMIN})
 SHARE_GROUP = "bw-ingest"
 PROBE_TOPIC = "bw/service/probe"
 
@@ -33,7 +34,9 @@ def device_password(secret: bytes, device: str, issue: int) -> str:
     return hmac.new(secret, f"{device}:{issue}".encode(), hashlib.sha256).hexdigest()
 
 
-def service_password(secret: bytes, name: str) -> str:
+def service_password(secret: bytes, service: str) -> str:
+    """The password of `bw-controller` (or `controller`), `bw-ingest`, `bw-admin`."""
+    name = service.removeprefix("bw-")
     return hmac.new(secret, f"service:{name}".encode(), hashlib.sha256).hexdigest()
 
 
