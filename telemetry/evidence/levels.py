@@ -1,0 +1,218 @@
+"""K3: differences of means (levels) and of repeat rates (K3r), each device against its own past.
+
+Decides δ and its variance V from sums over devices, and turns them into evidence:
+
+    per stratum S = Σ δ/V, I = Σ 1/V;  ℓ(d) = dS − d²I/2
+    E = 2 (1 + τ²I)^−½ exp(u²/2) Φ(u),  u = τS/√(1 + τ²I)     (half-normal prior, scale τ)
+    F = the same with S → −(S − M·I)
+
+δ is first replaced by the value with the same one-sided p under t(n₁ + n₀ − 3), so that few devices
+do not claim what only many can. K3 is *replaced* each tick: it is a cumulative estimate.
+
+Level: y = device mean since enrolment, x = its mean before; θ = pooled within-arm slope;
+δ = mean₁(y − θx) − mean₀(y − θx), V = s₁²/n₁ + s₀²/n₀.
+Repeat rate: O_i capped events, Ex_i expected from the device's own baseline;
+δ = log[(ΣO₁/ΣEx₁)/(ΣO₀/ΣEx₀)], V = Σ_arm Σ_i (O_i − L·Ex_i)² / (ΣO)², L = ΣO/ΣEx.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from telemetry.evidence.curves import bounded
+from telemetry.policy import Engine
+
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """One arm of one stratum: sums over its devices. Adding two arms' sums merges them."""
+
+    n: float = 0.0
+    y: float = 0.0
+    x: float = 0.0
+    yy: float = 0.0
+    xy: float = 0.0
+    xx: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            n=self.n + other.n,
+            y=self.y + other.y,
+            x=self.x + other.x,
+            yy=self.yy + other.yy,
+            xy=self.xy + other.xy,
+            xx=self.xx + other.xx,
+        )
+
+    @property
+    def mean(self) -> float:
+        return self.y / self.n if self.n else math.nan
+
+
+Pair = tuple[Sums, Sums]  # exposed, control
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normal:
+    """A normal log-likelihood: ℓ(d) = d·s − d²·i/2. Strata add."""
+
+    s: float = 0.0
+    i: float = 0.0
+
+    def __add__(self, other: Normal) -> Normal:
+        return Normal(s=self.s + other.s, i=self.i + other.i)
+
+    @property
+    def estimate(self) -> float:
+        return self.s / self.i if self.i > 0 else math.nan
+
+
+def level(pairs: Iterable[Pair]) -> Normal:
+    """The level difference exposed − control; each pair is one stratum."""
+    pairs = list(pairs)
+    slope = _slope(pairs)
+    total = Normal()
+    for one, zero in pairs:
+        if one.n < 2 or zero.n < 2:
+            continue
+        delta = (one.y - slope * one.x) / one.n - (zero.y - slope * zero.x) / zero.n
+        variance = _spread(one, slope) / one.n + _spread(zero, slope) / zero.n
+        total += _corrected(delta, variance, one.n + zero.n - 3)
+    return total
+
+
+def repeat(pairs: Iterable[Pair], min_events: float) -> Normal:
+    """The log ratio of repeat rates; y = capped events, x = expected events per device."""
+    total = Normal()
+    for one, zero in pairs:
+        if min(one.y, zero.y) < min_events or min(one.x, zero.x) <= 0:
+            continue
+        delta = math.log((one.y / one.x) / (zero.y / zero.x))
+        total += _corrected(delta, _clustered(one) + _clustered(zero), one.n + zero.n - 3)
+    return total
+
+
+def harm(normal: Normal, scale: float) -> float:
+    """E against "no increase"; 1.0 without information."""
+    return _evidence(normal.s, normal.i, scale)
+
+
+def safe(normal: Normal, margin: float, scale: float) -> float:
+    """F against "an increase of `margin` or more"."""
+    return _evidence(-(normal.s - margin * normal.i), normal.i, scale)
+
+
+def band(normal: Normal, scale: float, level: float = 0.05) -> tuple[float, float]:
+    """Always-valid band of d: a normal mixture of scale τ around 0."""
+    if not normal.i > 0:
+        return -math.inf, math.inf
+    spread = 1 + scale * scale * normal.i
+    mixed = -0.5 * math.log(spread) + 0.5 * (scale * normal.s) ** 2 / spread
+    peak = 0.5 * normal.s**2 / normal.i
+    reach = math.sqrt(max(0.0, 2 * (math.log(1 / level) + peak - mixed) / normal.i))
+    return normal.estimate - reach, normal.estimate + reach
+
+
+def dispersion(sums: Sums) -> float:
+    """How much wider than Poisson the counts scatter between devices; at least 1."""
+    return max(1.0, _clustered(sums) * sums.y) if sums.y > 0 else 1.0
+
+
+def normal_of_t(t: float, df: float) -> float:
+    """The normal value with the same one-sided p as t under Student's t with df degrees."""
+    if not math.isfinite(t) or df <= 0:
+        return math.nan
+    tail = student_tail(abs(t), df)
+    z = -_NORMAL.inv_cdf(tail) if tail > 1e-300 else 37.0
+    return math.copysign(max(0.0, z), t)
+
+
+def student_tail(t: float, df: float) -> float:
+    """P(T > t) for t ≥ 0: half the regularised incomplete beta I(df/(df + t²); df/2, ½)."""
+    return 0.5 * _incomplete_beta(df / 2, 0.5, df / (df + t * t))
+
+
+def _evidence(s: float, i: float, scale: float) -> float:
+    if not (math.isfinite(s) and math.isfinite(i)):
+        return math.nan
+    spread = 1 + scale * scale * i
+    u = scale * s / math.sqrt(spread)
+    return bounded(math.log(2) - 0.5 * math.log(spread) + 0.5 * u * u + _log_phi(u))
+
+
+def _log_phi(u: float) -> float:
+    if u > -30:
+        return math.log(0.5 * math.erfc(-u / math.sqrt(2)))
+    return -0.5 * u * u - math.log(-u) - 0.5 * math.log(2 * math.pi)
+
+
+def _corrected(delta: float, variance: float, df: float) -> Normal:
+    if not (variance > 0 and math.isfinite(variance) and math.isfinite(delta)) or df <= 0:
+        return Normal()
+    sigma = math.sqrt(variance)
+    return Normal(s=normal_of_t(delta / sigma, df) / sigma, i=1 / variance)
+
+
+def _slope(pairs: list[Pair]) -> float:
+    xy = xx = 0.0
+    for arm in (arm for pair in pairs for arm in pair):
+        if arm.n >= 2:
+            xy += arm.xy - arm.x * arm.y / arm.n
+            xx += arm.xx - arm.x * arm.x / arm.n
+    return xy / xx if xx > 1e-12 else 0.0
+
+
+def _spread(arm: Sums, slope: float) -> float:
+    """Sample variance of y − slope·x."""
+    squares = arm.yy - 2 * slope * arm.xy + slope * slope * arm.xx
+    total = arm.y - slope * arm.x
+    return max(0.0, squares - total * total / arm.n) / (arm.n - 1)
+
+
+def _clustered(arm: Sums) -> float:
+    rate = arm.y / arm.x
+    return max(0.0, arm.yy - 2 * rate * arm.xy + rate * rate * arm.xx) / (arm.y * arm.y)
+
+
+def scale_of(engine: Engine, margin: float) -> float:
+    """τ of a level: its margin in the second wave."""
+    loosening = engine.level_loosening
+    return margin * loosening[min(1, len(loosening) - 1)]
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """Regularised I_x(a, b) by Lentz' continued fraction (Numerical Recipes, 6.4)."""
+    if x <= 0 or x >= 1:
+        return 0.0 if x <= 0 else 1.0
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
+    if x > (a + 1) / (a + b + 2):
+        return 1 - front * _fraction(b, a, 1 - x) / b
+    return front * _fraction(a, b, x) / a
+
+
+def _fraction(a: float, b: float, x: float) -> float:
+    tiny = 1e-300
+    c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1), tiny)
+    value = d
+    for m in range(1, 400):
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1 / _away(1 + numerator * d, tiny)
+            c = _away(1 + numerator / c, tiny)
+            value *= d * c
+        if abs(d * c - 1) < 1e-14:
+            break
+    return value
+
+
+def _away(value: float, tiny: float) -> float:
+    return value if abs(value) > tiny else tiny

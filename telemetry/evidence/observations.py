@@ -1,0 +1,198 @@
+"""What the ledger hands to the gate: counts and sums, no devices; small enough to store.
+
+Frozen data with a JSON round trip, so that a recorded decision can be judged again. Everything
+here adds: two shards' observations of different devices merge by `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from telemetry.evidence.levels import Sums
+from telemetry.policy import built, plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventTick:
+    """First events of one tick in one stratum, and who was at risk then."""
+
+    wave: int
+    hardware: str
+    band: int
+    tick: int
+    d1: int
+    d0: int
+    y1: int
+    y0: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmSums:
+    """One metric in one (wave, hardware): both arms' sums."""
+
+    wave: int
+    hardware: str
+    exposed: Sums
+    control: Sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmTotals:
+    """One metric in one arm of (wave, hardware), as people want to read it."""
+
+    wave: int
+    hardware: str
+    arm: str  # exposed | control
+    devices: int  # that reported
+    first: int  # devices with at least one event
+    events: int  # all of them
+    exposure: float  # in the gate's unit
+    at_risk: float  # exposure in the budget's unit, up to the first event
+    budget_sums: Sums  # y = capped events, x = exposure in the budget's unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSeen:
+    metric: str
+    ticks: tuple[EventTick, ...] = ()
+    repeats: tuple[ArmSums, ...] = ()
+    levels: tuple[ArmSums, ...] = ()
+    totals: tuple[ArmTotals, ...] = ()
+    logged: bool = False  # levels were taken as logarithms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmSeen:
+    """How many devices of one arm are enrolled, and how many of them reported."""
+
+    wave: int
+    hardware: str
+    arm: str
+    enrolled: int
+    reporting: int
+    hours: float  # device hours reported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observations:
+    arms: tuple[ArmSeen, ...] = ()
+    metrics: Mapping[str, MetricSeen] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = plain(self)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Observations:
+        """Raises ValueError for what `to_json` cannot have written."""
+        observations: Observations = built(cls, data, "observations")
+        return observations
+
+    def metric(self, name: str) -> MetricSeen:
+        return self.metrics.get(name, MetricSeen(metric=name))
+
+
+def merge(parts: Iterable[Observations]) -> Observations:
+    """Observations of different devices, added: shards that saw the same strata."""
+    parts = list(parts)
+    names = dict.fromkeys(name for part in parts for name in part.metrics)
+    return Observations(
+        arms=_arms([arm for part in parts for arm in part.arms]),
+        metrics={name: _metric(name, [part.metric(name) for part in parts]) for name in names},
+    )
+
+
+def _metric(name: str, parts: list[MetricSeen]) -> MetricSeen:
+    return MetricSeen(
+        metric=name,
+        ticks=_ticks([tick for part in parts for tick in part.ticks]),
+        repeats=_sums([sums for part in parts for sums in part.repeats]),
+        levels=_sums([sums for part in parts for sums in part.levels]),
+        totals=_totals([total for part in parts for total in part.totals]),
+        logged=any(part.logged for part in parts),
+    )
+
+
+def _arms(arms: list[ArmSeen]) -> tuple[ArmSeen, ...]:
+    found: dict[tuple[int, str, str], ArmSeen] = {}
+    for arm in arms:
+        key = (arm.wave, arm.hardware, arm.arm)
+        old = found.get(key)
+        found[key] = (
+            arm
+            if old is None
+            else ArmSeen(
+                wave=arm.wave,
+                hardware=arm.hardware,
+                arm=arm.arm,
+                enrolled=old.enrolled + arm.enrolled,
+                reporting=old.reporting + arm.reporting,
+                hours=old.hours + arm.hours,
+            )
+        )
+    return tuple(found[key] for key in sorted(found))
+
+
+def _ticks(ticks: list[EventTick]) -> tuple[EventTick, ...]:
+    found: dict[tuple[int, str, int, int], EventTick] = {}
+    for tick in ticks:
+        key = (tick.wave, tick.hardware, tick.band, tick.tick)
+        old = found.get(key)
+        found[key] = (
+            tick
+            if old is None
+            else EventTick(
+                wave=tick.wave,
+                hardware=tick.hardware,
+                band=tick.band,
+                tick=tick.tick,
+                d1=old.d1 + tick.d1,
+                d0=old.d0 + tick.d0,
+                y1=old.y1 + tick.y1,
+                y0=old.y0 + tick.y0,
+            )
+        )
+    return tuple(found[key] for key in sorted(found))
+
+
+def _sums(parts: list[ArmSums]) -> tuple[ArmSums, ...]:
+    found: dict[tuple[int, str], ArmSums] = {}
+    for part in parts:
+        key = (part.wave, part.hardware)
+        old = found.get(key)
+        found[key] = (
+            part
+            if old is None
+            else ArmSums(
+                wave=part.wave,
+                hardware=part.hardware,
+                exposed=old.exposed + part.exposed,
+                control=old.control + part.control,
+            )
+        )
+    return tuple(found[key] for key in sorted(found))
+
+
+def _totals(parts: list[ArmTotals]) -> tuple[ArmTotals, ...]:
+    found: dict[tuple[int, str, str], ArmTotals] = {}
+    for part in parts:
+        key = (part.wave, part.hardware, part.arm)
+        old = found.get(key)
+        found[key] = (
+            part
+            if old is None
+            else ArmTotals(
+                wave=part.wave,
+                hardware=part.hardware,
+                arm=part.arm,
+                devices=old.devices + part.devices,
+                first=old.first + part.first,
+                events=old.events + part.events,
+                exposure=old.exposure + part.exposure,
+                at_risk=old.at_risk + part.at_risk,
+                budget_sums=old.budget_sums + part.budget_sums,
+            )
+        )
+    return tuple(found[key] for key in sorted(found))
