@@ -1,0 +1,121 @@
+"""Brings holds and lifts into Git: one additive commit for all that wait, tried until it is there.
+
+A hold is in force from the transaction that recorded it; this is only its memory in Git, so that a
+wiped database finds it again. A file that is in Git already is simply marked as recorded: a commit
+that was pushed just before a kill is not pushed twice.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import structlog
+from sqlalchemy import Engine, select, update
+
+from controller.fleetrepo import FleetRepo, RecordRefused, RepoUnavailable, moment
+from controller.store.tables import holds
+from telemetry.store.database import reading, writing
+
+log = structlog.get_logger()
+
+
+class Recorder:
+    def __init__(self, engine: Engine, repo: FleetRepo) -> None:
+        self._engine, self._repo = engine, repo
+        self._refused: frozenset[str] = frozenset()
+
+    def pending(self) -> dict[str, str]:
+        """path → text of every hold and lift that Git does not have yet."""
+        files: dict[str, str] = {}
+        with reading(self._engine) as conn:
+            for row in conn.execute(select(holds).order_by(holds.c.id)):
+                if row.commit is None:
+                    files[f"holds/{row.id}.yaml"] = hold_text(row._mapping)
+                if row.lift is not None and row.lift_commit is None:
+                    files[f"holds/{row.lift}.yaml"] = lift_text(row._mapping)
+        return files
+
+    def run_once(self, now: float) -> bool:
+        """Record what waits; True when a commit was made or found."""
+        files = self.pending()
+        if not files or frozenset(files) <= self._refused:
+            return False  # on a protected branch: people were asked to merge ours
+        name = max(files).removeprefix("holds/").removesuffix(".yaml")
+        try:
+            commit = self._repo.record(files, self._message(list(files)), name)
+        except RepoUnavailable as error:
+            log.warning("hold_not_recorded", reason=str(error))
+            return False
+        except RecordRefused as error:
+            log.warning("hold_not_recorded", reason=str(error), branch=error.side_branch)
+            if error.side_branch is not None:
+                self._refused = self._refused | frozenset(files)
+            return False
+        self._mark(list(files), commit)
+        log.info("hold_recorded", commit=commit, files=len(files))
+        return True
+
+    def _mark(self, files: list[str], commit: str) -> None:
+        ids = [file.removeprefix("holds/").removesuffix(".yaml") for file in files]
+        with writing(self._engine) as conn:
+            conn.execute(
+                update(holds)
+                .where(holds.c.id.in_(ids), holds.c.commit.is_(None))
+                .values(commit=commit)
+            )
+            conn.execute(
+                update(holds)
+                .where(holds.c.lift.in_(ids), holds.c.lift_commit.is_(None))
+                .values(lift_commit=commit)
+            )
+
+    def _message(self, files: list[str]) -> str:
+        ids = {file.removeprefix("holds/").removesuffix(".yaml") for file in files}
+        lines, trailers = [], []
+        with reading(self._engine) as conn:
+            for row in conn.execute(select(holds).order_by(holds.c.id)):
+                if row.id in ids:
+                    lines.append(f"Hold {row.release} on {row.rollout}: {row.reason}")
+                    trailers.append(f"Hold: {row.id}")
+                    trailers.append(f"Actor: {row.actor}")
+                if row.lift in ids:
+                    lines.append(f"Lift {row.release} on {row.rollout}: {row.lift_reason}")
+                    trailers.append(f"Lift: {row.lift}")
+                    trailers.append(f"Actor: {row.lifted_by}")
+        subject = lines[0][:72] if len(lines) == 1 else f"Record {len(lines)} holds and lifts"
+        return "\n\n".join([subject, "\n".join(lines), "\n".join(trailers)])
+
+
+def hold_text(row: Any) -> str:
+    spec = {
+        "rollout": row["rollout"],
+        "rejects": {"release": row["release"], "digest": row["digest"]},
+        "to": row["to"],
+        "scope": row["scope"],
+        "reason": row["reason"],
+        "actor": row["actor"],
+        "incident": row["incident"],
+        "createdAt": moment(row["created_at"]),
+    }
+    return _document("Hold", row["id"], spec)
+
+
+def lift_text(row: Any) -> str:
+    spec = {
+        "hold": row["id"],
+        "reason": row["lift_reason"] or "no reason given",
+        "actor": row["lifted_by"],
+        "createdAt": moment(row["lifted_at"]),
+    }
+    return _document("Lift", row["lift"], spec)
+
+
+def _document(kind: str, name: str, spec: dict[str, Any]) -> str:
+    # JSON scalars and flow maps are YAML: no text of a person can break out of its quotes.
+    lines = ["apiVersion: bellwether.dev/v1", f"kind: {kind}", f"metadata: {{name: {name}}}"]
+    lines.append("spec:")
+    for key, value in spec.items():
+        if value is not None:
+            lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
