@@ -1,0 +1,197 @@
+"""The ingest process: broker → bounded queue → one commit at a time → acknowledgements.
+
+Rules, in order:
+
+1. A batch is what came in `linger` seconds, at most `batch_max` messages; then it is committed.
+2. After the commit, and not before: PUBACKs to the broker, acks to the devices.
+3. While the database is away nothing is acknowledged, and the same batch is tried again. The broker
+   keeps the rest: it sends at most `receive_maximum` unacknowledged messages, and QoS 0 beyond
+   `queue_max` is dropped and counted. So memory stays flat however long it takes.
+4. A probe goes through the broker each second; hearing it again is what advances the hearing clock.
+5. Told to stop, it commits what it has, acknowledges it, and disconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+from sqlalchemy import Engine
+
+from telemetry import metrics
+from telemetry.broker import Connection, Options, Received
+from telemetry.ingest import PROBE_TOPIC, BatchResult, Ingest, Limits
+from telemetry.store.fold import Batch
+from telemetry.store.reports import Store
+from telemetry.store.retention import Retention, sweep
+
+GROUP = "bw-ingest"
+PROBE_EVERY = 1.0
+SWEEP_EVERY = 60.0
+
+log = structlog.get_logger("bellwether.ingest")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestSettings:
+    url: str  # of the broker
+    client_id: str = "bw-ingest-1"  # stable: the broker keeps what came while we were away
+    username: str | None = None
+    password: str | None = None
+    ca_file: str | None = None
+    linger: float = 0.05
+    batch_max: int = 2000
+    receive_maximum: int = 4000
+    queue_max: int = 8000
+    limits: Limits = field(default_factory=Limits)
+    retention: Retention = field(default_factory=Retention)
+
+    def options(self) -> Options:
+        spoken = ("reported", "health", "presence")
+        return Options(
+            url=self.url,
+            client_id=self.client_id,
+            username=self.username,
+            password=self.password,
+            ca_file=self.ca_file,
+            subscribe=(*(f"$share/{GROUP}/bw/v1/+/{c}" for c in spoken), PROBE_TOPIC),
+            receive_maximum=self.receive_maximum,
+        )
+
+
+async def run(
+    settings: IngestSettings,
+    *,
+    engine: Engine,
+    registry: Callable[[], Mapping[str, str]],
+    stop: asyncio.Event,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Serve until `stop` is set; the schema must exist."""
+    role = Role(settings, engine, registry, clock)
+    await role.run(stop)
+
+
+class Role:
+    def __init__(
+        self,
+        settings: IngestSettings,
+        engine: Engine,
+        registry: Callable[[], Mapping[str, str]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._clock = clock
+        self._ingest = Ingest(Store(engine), registry, settings.limits)
+        self._queue: deque[Received] = deque()
+        self._came = asyncio.Event()
+        self.connection = Connection(settings.options(), self._receive)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        session = asyncio.create_task(self.connection.run())
+        beats = [asyncio.create_task(self._probe()), asyncio.create_task(self._sweep())]
+        session.add_done_callback(lambda _: stop.set())  # it ends by itself only by a defect
+        try:
+            await self._work(stop)
+        finally:
+            for beat in beats:
+                beat.cancel()
+            await asyncio.gather(*beats, return_exceptions=True)
+            self.connection.stop()
+            await session
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        stopped = asyncio.create_task(stop.wait())
+        while not stop.is_set():
+            await self._something(stopped)
+            await self._turn(stop)
+        while self._queue and await self._turn(stop):
+            pass
+        stopped.cancel()
+
+    async def _something(self, stopped: asyncio.Task[bool]) -> None:
+        """Wait for a message, for an ack that becomes due, or for the end; then linger."""
+        came = asyncio.create_task(self._came.wait())
+        patience = 0.1 if self._ingest.owes() else None
+        await asyncio.wait([came, stopped], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        came.cancel()
+        if self._queue and len(self._queue) < self._settings.batch_max:
+            await asyncio.wait([stopped], timeout=self._settings.linger)
+
+    async def _turn(self, stop: asyncio.Event) -> bool:
+        """One batch from the queue to the acks; False when it had to be given back."""
+        some = [
+            self._queue.popleft() for _ in range(min(len(self._queue), self._settings.batch_max))
+        ]
+        if not self._queue:
+            self._came.clear()
+        metrics.gauge("bellwether_ingest_queue_messages", len(self._queue) + len(some))
+        if not some:
+            await self._answer(self._ingest.due(self._clock()))
+            return True
+        began = time.perf_counter()
+        messages = [(message.topic, message.payload) for message in some]
+        batch = await asyncio.to_thread(self._ingest.read, messages, self._clock())
+        result = await self._commit(batch, stop)
+        if result is None:
+            return False  # not acknowledged: the broker has all of it, and sends it again
+        self.connection.ack(some)
+        await self._answer(result.acks)
+        metrics.count("bellwether_ingest_batches_total")
+        metrics.observe("bellwether_ingest_batch_seconds", time.perf_counter() - began)
+        return True
+
+    async def _commit(self, batch: Batch, stop: asyncio.Event) -> BatchResult | None:
+        """Commit, however often it takes; None when we are told to stop while it fails."""
+        pause = 0.1
+        while True:
+            try:
+                return await asyncio.to_thread(self._ingest.commit, batch, self._clock())
+            except Exception as error:  # noqa: BLE001 - whatever it is: unacknowledged is not lost
+                metrics.count("bellwether_ingest_store_errors_total")
+                log.warning("store_unavailable", error=str(error)[:300], retry_in=pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), pause)
+            if stop.is_set():
+                return None
+            pause = min(5.0, pause * 2)
+
+    async def _answer(self, acks: Sequence[tuple[str, bytes]]) -> None:
+        if acks:
+            await self.connection.publish_many(acks, qos=0, retain=False, timeout=2.0)
+
+    def _receive(self, message: Received) -> None:
+        if message.packet_id is None and len(self._queue) >= self._settings.queue_max:
+            metrics.count("bellwether_broker_overflow_total")
+            return
+        if len(self._queue) >= self._settings.queue_max:
+            # Only a new session gets here: it brings again what the old one left unacknowledged.
+            kept = [m for m in self._queue if m.packet_id is None or m.session == message.session]
+            self._queue.clear()
+            self._queue.extend(kept)
+        self._queue.append(message)
+        self._came.set()
+
+    async def _probe(self) -> None:
+        while True:
+            if self.connection.connected:
+                stamp = f"{self._clock():.3f}".encode()
+                await self.connection.publish_many([(PROBE_TOPIC, stamp)], qos=0, retain=False)
+            await asyncio.sleep(PROBE_EVERY)
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                while await asyncio.to_thread(
+                    sweep, self._engine, self._clock(), self._settings.retention
+                ):
+                    await asyncio.sleep(0.1)
+            except Exception as error:  # noqa: BLE001 - old rows are no reason to stop hearing
+                log.warning("retention_failed", error=str(error)[:300])
+            await asyncio.sleep(SWEEP_EVERY)
