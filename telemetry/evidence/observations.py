@@ -136,25 +136,9 @@ def _arms(arms: list[ArmSeen]) -> tuple[ArmSeen, ...]:
 
 
 def _ticks(ticks: list[EventTick]) -> tuple[EventTick, ...]:
-    found: dict[tuple[int, str, int, int], EventTick] = {}
-    for tick in ticks:
-        key = (tick.wave, tick.hardware, tick.band, tick.tick)
-        old = found.get(key)
-        found[key] = (
-            tick
-            if old is None
-            else EventTick(
-                wave=tick.wave,
-                hardware=tick.hardware,
-                band=tick.band,
-                tick=tick.tick,
-                d1=old.d1 + tick.d1,
-                d0=old.d0 + tick.d0,
-                y1=old.y1 + tick.y1,
-                y0=old.y0 + tick.y0,
-            )
-        )
-    return tuple(found[key] for key in sorted(found))
+    # Not added up: a shard without an event in a tick does not list its devices at risk. Each
+    # shard stays a stratum of its own, and the curves add.
+    return tuple(sorted(ticks, key=lambda t: (t.wave, t.hardware, t.band, t.tick, t.y1, t.y0)))
 
 
 def _sums(parts: list[ArmSums]) -> tuple[ArmSums, ...]:
