@@ -212,7 +212,7 @@ class Ledger:
     def _count(self, index: int, row: HealthRow, sign: int = 1) -> None:
         unit = self._units[index]
         unit.now.add(row, self._levels(row), sign)
-        tick = self._tick_of(_time(row))
+        tick = self._unit_tick(unit, row)
         for gate in self._counted:
             count = row.counters.get(gate.metric, 0)
             if count > 0:
@@ -234,8 +234,8 @@ class Ledger:
             for row in late:
                 unit.tail.remove(row)
                 self._count(index, row, -1)
-            kept = {self._tick_of(_time(row)) for row in unit.tail}
-            for tick in {self._tick_of(_time(row)) for row in late} - kept:
+            kept = {self._unit_tick(unit, row) for row in unit.tail}
+            for tick in {self._unit_tick(unit, row) for row in late} - kept:
                 self._present[index, tick - self._start] = False
             self._cached = None
 
@@ -316,6 +316,10 @@ class Ledger:
 
     def _tick_of(self, at: float) -> int:
         return int(at // (self.tick or TICK))
+
+    def _unit_tick(self, unit: _Unit, row: HealthRow) -> int:
+        # A device's clock may not place evidence before its enrolment.
+        return self._tick_of(max(_time(row), unit.enrolment.since))
 
     @property
     def _start(self) -> int:

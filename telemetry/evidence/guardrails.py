@@ -1,0 +1,382 @@
+"""What one gate's curves say: evidence of harm E, evidence of safety F, estimate, band, counts.
+
+Decides how the parts of a guardrail combine, not what follows from them (`controller.rollout.gate`):
+
+1. E is the mean of the pooled E and the E of each hardware: harm in a small group is not diluted.
+2. A rate's E is ½ first events (K2) + ½ repeat rate (K3r); with no control at all, K2' against the
+   declared budget alone.
+3. A rate is safe when its ratio margin *or* its budget is refuted. Above 20 % of devices with a first
+   event the ratio listens to K3r alone, and the budget to the worse of first and capped counts.
+4. NaN anywhere stays NaN: it passes no gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from telemetry.evidence import curves, first_events, levels, outcome
+from telemetry.evidence.observations import ArmSums, ArmTotals, EventTick, MetricSeen
+from telemetry.policy import Direction, Engine, Gate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One guardrail as it stands."""
+
+    name: str
+    kind: str  # outcome | lost | silence | events | levels
+    harm: float  # E
+    safe: float | None  # F at this wave's margin; None: judged by another guardrail
+    margin: float | None
+    estimate: float  # share, ratio or difference
+    band: tuple[float, float]
+    dry_run: bool = False
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    lacks: str = ""  # what is missing until it is safe
+    says: str = ""  # number, band, limit, n
+
+
+def shares(
+    engine: Engine, name: str, kind: str, groups: Mapping[str, tuple[int, int]], budget: float
+) -> Reading:
+    """K1 of (failures, started) by hardware against a budget; its safety is judged apart."""
+    failures, started = (sum(g[i] for g in groups.values()) for i in (0, 1))
+    evidence = _pooled(
+        outcome.harm(engine, failures, started, budget),
+        [outcome.harm(engine, s, n, budget) for s, n in groups.values()],
+    )
+    low, high = outcome.band(engine, failures, started)
+    share = failures / started if started else math.nan
+    return Reading(
+        name=name,
+        kind=kind,
+        harm=evidence,
+        safe=None,
+        margin=budget,
+        estimate=share,
+        band=(low, high),
+        counts={"failures": failures, "started": started, "budget": budget},
+        says=(
+            f"{failures} of {started} devices {_what(kind)} ({_percent(share)} "
+            f"[{_percent(low)}, {_percent(high)}]), budget {_percent(budget)}"
+        ),
+    )
+
+
+def silence(engine: Engine, groups: Mapping[str, tuple[int, int, int, int]]) -> Reading:
+    """K2 on "no contact": (d1, d0, y1, y0) by hardware."""
+    pooled = first_events.curve(engine, [_floats(group) for group in groups.values()])
+    evidence = _pooled(
+        first_events.harm(engine, pooled),
+        [
+            first_events.harm(engine, first_events.curve(engine, [_floats(g)]))
+            for g in groups.values()
+        ],
+    )
+    d1, d0, y1, y0 = (sum(group[i] for group in groups.values()) for i in range(4))
+    return Reading(
+        name="silence",
+        kind="silence",
+        harm=evidence,
+        safe=None,
+        margin=None,
+        estimate=curves.peak(curves.ratio_grid(engine), pooled),
+        band=first_events.band(engine, pooled),
+        counts={"exposed_silent": d1, "control_silent": d0, "exposed": y1, "control": y0},
+        says=f"{d1} of {y1} updated devices silent, {d0} of {y0} in control",
+    )
+
+
+def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading:
+    """A rate gate: ratio against control, and the absolute budget."""
+    hardware = sorted({t.hardware for t in seen.totals})
+    controls = any(t.arm == "control" and t.devices for t in seen.totals)
+    parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
+    evidence = _pooled(_rate_harm(engine, gate, seen, None, controls), parts)
+    ell = first_events.curve(engine, _ticks(gate, seen.ticks, None))
+    low, high = first_events.band(engine, ell)
+    one, zero = _arm(seen.totals, "exposed"), _arm(seen.totals, "control")
+    counts = {"exposed": one, "control": zero}
+    crowded = _crowded(engine, seen)
+    ratio = (
+        levels.safe(_repeats(engine, gate, seen, None), math.log(margin), engine.ratio_prior)
+        if crowded
+        else first_events.safe(engine, ell, margin)
+    )
+    safe, lacks = ratio, _lacks_events(engine, gate, one, zero, margin)
+    budget = gate.budget_rate()
+    if budget is not None:
+        against = _budget_safe(engine, seen, budget[0], crowded)
+        safe = math.nan if math.isnan(against) or math.isnan(ratio) else max(ratio, against)
+        lacks = _lacks_hours(engine, gate, seen, budget)
+    rate1, rate0 = _rate(one, gate), _rate(zero, gate)
+    estimate = rate1 / rate0 if rate0 > 0 else math.nan
+    return Reading(
+        name=gate.metric,
+        kind="events",
+        harm=evidence,
+        safe=safe,
+        margin=margin,
+        estimate=estimate,
+        band=(low, high),
+        dry_run=gate.dry_run,
+        counts=counts | {"rate": rate1, "control_rate": rate0, "first_ratio": [low, high]},
+        lacks=lacks,
+        says=_says_rate(gate, one, zero, (low, high), margin, budget),
+    )
+
+
+def share_of_devices(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading:
+    """A proportion gate on a counter: the share of exposed devices with at least one."""
+    groups: dict[str, tuple[int, int]] = {}
+    for total in seen.totals:
+        if total.arm == "exposed":
+            s, n = groups.get(total.hardware, (0, 0))
+            groups[total.hardware] = s + total.first, n + total.devices
+    budget = gate.budget_share if gate.budget_share is not None else engine.failed_budget
+    base = shares(engine, gate.metric, "events", groups, budget)
+    s, n = base.counts["failures"], base.counts["started"]
+    return Reading(
+        name=gate.metric,
+        kind="events",
+        harm=base.harm,
+        safe=outcome.safe(engine, min(s, n), n, margin),
+        margin=margin,
+        estimate=base.estimate,
+        band=base.band,
+        dry_run=gate.dry_run,
+        counts=base.counts,
+        lacks=f"{n} of {outcome.needed(engine, margin, s)} devices needed to refute "
+        f"{_percent(margin)}",
+        says=base.says,
+    )
+
+
+def level(
+    engine: Engine, gate: Gate, seen: MetricSeen, loosening: float, fixed: float | None
+) -> Reading:
+    """A mean gate against its margin, in the metric's units (or logs, when it is skewed)."""
+    control = _sum(part.control for part in seen.levels)
+    exposed = _sum(part.exposed for part in seen.levels)
+    own = _level_margin(gate, control.mean, seen.logged)
+    margin = own * loosening if fixed is None else _as_level(fixed, control.mean, seen.logged)
+    scale = levels.scale_of(engine, own)
+    sign = 1.0 if gate.direction is Direction.INCREASE else -1.0
+    pooled = _signed(levels.level([(p.exposed, p.control) for p in seen.levels]), sign)
+    groups = {part.hardware for part in seen.levels}
+    known = math.isfinite(margin) and margin > 0
+    harm = 1.0
+    if known:
+        each = [
+            levels.harm(
+                _signed(
+                    levels.level([(p.exposed, p.control) for p in seen.levels if p.hardware == h]),
+                    sign,
+                ),
+                scale,
+            )
+            for h in sorted(groups)
+        ]
+        harm = _pooled(levels.harm(pooled, scale), each)
+    low, high = levels.band(pooled, scale) if known else (-math.inf, math.inf)
+    safe = levels.safe(pooled, margin, scale) if known else 1.0
+    n1, n0 = int(exposed.n), int(control.n)
+    return Reading(
+        name=gate.metric,
+        kind="levels",
+        harm=harm,
+        safe=safe,
+        margin=margin if known else None,
+        estimate=pooled.estimate,
+        band=(low, high),
+        dry_run=gate.dry_run,
+        counts={"exposed": n1, "control": n0, "mean": exposed.mean, "control_mean": control.mean},
+        lacks=f"{n1} updated and {n0} control devices measured, proof {_number(safe)} of "
+        f"{_number(1 / engine.beta)}",
+        says=(
+            f"{_words(gate.metric)} {_number(exposed.mean)}, {_number(pooled.estimate)} "
+            f"[{_number(low)}, {_number(high)}] above control ({_number(control.mean)}), margin "
+            f"{_number(margin)}; {n1:,} and {n0:,} devices"
+        ),
+    )
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+def _pooled(pooled: float, each: list[float]) -> float:
+    return curves.average([pooled, *each]) if len(each) > 1 else pooled
+
+
+def _rate_harm(
+    engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None, controls: bool
+) -> float:
+    if controls:
+        ell = first_events.curve(engine, _ticks(gate, seen.ticks, hardware))
+        repeats = _repeats(engine, gate, seen, hardware)
+        return curves.average(
+            [first_events.harm(engine, ell), levels.harm(repeats, engine.ratio_prior)]
+        )
+    budget = gate.budget_rate()
+    if budget is None:
+        return 1.0  # own past alone is advisory: nothing to judge against
+    firsts, exposure, _ = _at_risk(seen, hardware)
+    return first_events.budget_harm(engine, firsts, exposure, budget[0])
+
+
+def _ticks(gate: Gate, ticks: Iterable[EventTick], hardware: str | None) -> list[first_events.Tick]:
+    chosen = [t for t in ticks if hardware is None or t.hardware == hardware]
+    if gate.direction is Direction.DECREASE:  # fewer is harm: the arms change places
+        return [(t.d0, t.d1, t.y0, t.y1) for t in chosen]
+    return [(t.d1, t.d0, t.y1, t.y0) for t in chosen]
+
+
+def _repeats(engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None) -> levels.Normal:
+    chosen = [p for p in seen.repeats if hardware is None or p.hardware == hardware]
+    pairs = [(p.exposed, p.control) for p in chosen]
+    if gate.direction is Direction.DECREASE:
+        pairs = [(zero, one) for one, zero in pairs]
+    return levels.repeat(pairs, engine.repeat_min_events)
+
+
+def _at_risk(seen: MetricSeen, hardware: str | None) -> tuple[int, float, levels.Sums]:
+    chosen = [
+        t
+        for t in seen.totals
+        if t.arm == "exposed" and (hardware is None or t.hardware == hardware)
+    ]
+    sums = _sum(t.budget_sums for t in chosen)
+    return sum(t.first for t in chosen), math.fsum(t.at_risk for t in chosen), sums
+
+
+def _crowded(engine: Engine, seen: MetricSeen) -> bool:
+    devices = sum(t.devices for t in seen.totals)
+    return devices > 0 and sum(t.first for t in seen.totals) > engine.first_share_limit * devices
+
+
+def _budget_safe(engine: Engine, seen: MetricSeen, budget: float, crowded: bool) -> float:
+    firsts, exposure, sums = _at_risk(seen, None)
+    proof = first_events.budget_safe(engine, firsts, exposure, budget)
+    if not crowded:
+        return proof
+    # The devices still at risk are the quieter ones; all their (capped) events over all their
+    # hours are not, and scatter between devices makes them count for less.
+    wide = levels.dispersion(sums) if sums.x > 0 else 1.0
+    return min(proof, first_events.budget_safe(engine, sums.y / wide, sums.x / wide, budget))
+
+
+def _lacks_hours(engine: Engine, gate: Gate, seen: MetricSeen, budget: tuple[float, str]) -> str:
+    firsts, exposure, _ = _at_risk(seen, None)
+    hours = first_events.hours_needed(engine, budget[0], firsts)
+    return (
+        f"{_number(exposure)} of {_number(hours)} {_words(budget[1])}s without another event needed "
+        f"({firsts} devices had one)"
+    )
+
+
+def _lacks_events(
+    engine: Engine, gate: Gate, one: Mapping[str, float], zero: Mapping[str, float], margin: float
+) -> str:
+    everybody = one["devices"] + zero["devices"]
+    if not one["devices"] or not zero["devices"]:
+        return "no control to compare with and no budget declared: it cannot be proven"
+    total = first_events.events_needed(engine, margin, one["devices"] / everybody)
+    have = int(one["first"] + zero["first"])
+    return f"{have} of about {total} first events needed to refute {_number(margin)} × control"
+
+
+def _arm(totals: Iterable[ArmTotals], arm: str) -> dict[str, float]:
+    chosen = [t for t in totals if t.arm == arm]
+    return {
+        "devices": sum(t.devices for t in chosen),
+        "first": sum(t.first for t in chosen),
+        "events": sum(t.events for t in chosen),
+        "exposure": math.fsum(t.exposure for t in chosen),
+    }
+
+
+def _rate(arm: Mapping[str, float], gate: Gate) -> float:
+    return arm["events"] / arm["exposure"] * gate.scale if arm["exposure"] > 0 else math.nan
+
+
+def _says_rate(
+    gate: Gate,
+    one: Mapping[str, float],
+    zero: Mapping[str, float],
+    ratio: tuple[float, float],
+    margin: float,
+    budget: tuple[float, str] | None,
+) -> str:
+    per = f"{_number(gate.scale)} {_words(gate.unit)}s" if gate.scale != 1 else _words(gate.unit)
+    rate1, rate0 = _rate(one, gate), _rate(zero, gate)
+    head = f"{_words(gate.metric)} {_number(rate1)} per {per}"
+    tail = (
+        f"{int(one['devices']):,} devices, {_number(one['exposure'])} {_words(gate.unit)}s, "
+        f"{int(one['first'])} with an event; control {int(zero['devices']):,} devices, "
+        f"{int(zero['first'])} with an event"
+    )
+    if not zero["devices"]:
+        limit = f"no control, budget {_number(budget[0] * gate.scale)}" if budget else "no control"
+        return f"{head} ({limit}); {tail}"
+    low, high = ratio
+    if rate0 > 0:
+        shown = f"{head} [{_number(low * rate0)}, {_number(high * rate0)}]"
+    else:
+        shown = f"{head}, at least {_number(low)} × control"
+    limit = f"{_number(margin)} × control" if low >= margin else "control"
+    verb = "exceed" if low > 1 else "against"
+    return f"{shown} {verb} {limit} ({_number(rate0)}); {tail}"
+
+
+def _level_margin(gate: Gate, mean: float, logged: bool) -> float:
+    if gate.margin.absolute is not None:
+        return _as_level(gate.margin.absolute, mean, logged)
+    ratio = gate.margin.ratio if gate.margin.ratio is not None else 1.2
+    return math.log(ratio) if logged else (ratio - 1) * abs(mean)
+
+
+def _as_level(absolute: float, mean: float, logged: bool) -> float:
+    return math.log1p(absolute / math.exp(mean)) if logged else absolute
+
+
+def _signed(normal: levels.Normal, sign: float) -> levels.Normal:
+    return levels.Normal(s=sign * normal.s, i=normal.i)
+
+
+def _sum(parts: Iterable[levels.Sums]) -> levels.Sums:
+    return sum(parts, levels.Sums())
+
+
+def _floats(group: tuple[int, int, int, int]) -> first_events.Tick:
+    d1, d0, y1, y0 = group
+    return float(d1), float(d0), float(y1), float(y0)
+
+
+def arm_sums(parts: Iterable[ArmSums]) -> tuple[levels.Sums, levels.Sums]:
+    parts = list(parts)
+    return _sum(p.exposed for p in parts), _sum(p.control for p in parts)
+
+
+def _what(kind: str) -> str:
+    return {"outcome": "failed or were never confirmed", "lost": "were lost in activation"}.get(
+        kind, "had one"
+    )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{share * 100:.3g} %"
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
