@@ -1,12 +1,12 @@
 """What one gate's curves say: evidence of harm E, evidence of safety F, estimate, band, counts.
 
-Decides how the parts of a guardrail combine, not what follows from them (`controller.rollout.gate`):
+Decides how the parts of a guardrail combine, not what follows (`controller.rollout.gate`):
 
 1. E is the mean of the pooled E and the E of each hardware: harm in a small group is not diluted.
 2. A rate's E is ½ first events (K2) + ½ repeat rate (K3r); with no control at all, K2' against the
    declared budget alone.
-3. A rate is safe when its ratio margin *or* its budget is refuted. Above 20 % of devices with a first
-   event the ratio listens to K3r alone, and the budget to the worse of first and capped counts.
+3. A rate is safe when its ratio margin *or* its budget is refuted. Above 20 % of devices with a
+   first event the ratio listens to K3r alone, and the budget to the worse of first and capped counts.
 4. NaN anywhere stays NaN: it passes no gate.
 """
 
@@ -272,8 +272,8 @@ def _lacks_hours(engine: Engine, gate: Gate, seen: MetricSeen, budget: tuple[flo
     firsts, exposure, _ = _at_risk(seen, None)
     hours = first_events.hours_needed(engine, budget[0], firsts)
     return (
-        f"{_number(exposure)} of {_number(hours)} {_words(budget[1])}s without another event needed "
-        f"({firsts} devices had one)"
+        f"{_number(exposure)} of {_number(hours)} {_words(budget[1])}s without another event "
+        f"needed ({firsts} devices had one)"
     )
 
 
