@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
-from sqlalchemy import Engine
 
 from telemetry import metrics
 from telemetry.broker import Connection, Options, Received
@@ -37,19 +37,27 @@ SWEEP_EVERY = 60.0
 log = structlog.get_logger("bellwether.ingest")
 
 
+Registry = Callable[[], Mapping[str, str]]  # device → status
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IngestSettings:
+class Role:
+    """What the process is made of; the defaults are right for one machine."""
+
     url: str  # of the broker
-    client_id: str = "bw-ingest-1"  # stable: the broker keeps what came while we were away
+    store: Store  # its schema exists
+    registry: Registry  # asked about once a second, from a thread
     username: str | None = None
     password: str | None = None
     ca_file: str | None = None
+    client_id: str = "bw-ingest-1"  # stable: the broker keeps what came while we were away
+    retention: float = Retention().raw  # seconds that raw messages are kept
+    limits: Limits = field(default_factory=Limits)
     linger: float = 0.05
     batch_max: int = 2000
     receive_maximum: int = 4000
     queue_max: int = 8000
-    limits: Limits = field(default_factory=Limits)
-    retention: Retention = field(default_factory=Retention)
+    clock: Callable[[], float] = time.time
 
     def options(self) -> Options:
         spoken = ("reported", "health", "presence")
@@ -64,34 +72,48 @@ class IngestSettings:
         )
 
 
-async def run(
-    settings: IngestSettings,
-    *,
-    engine: Engine,
-    registry: Callable[[], Mapping[str, str]],
-    stop: asyncio.Event,
-    clock: Callable[[], float] = time.time,
-) -> None:
-    """Serve until `stop` is set; the schema must exist."""
-    role = Role(settings, engine, registry, clock)
-    await role.run(stop)
+def run(role: Role, stopping: threading.Event) -> None:
+    """Serve until `stopping` is set."""
+    asyncio.run(_until(Process(role), stopping))
 
 
-class Role:
-    def __init__(
-        self,
-        settings: IngestSettings,
-        engine: Engine,
-        registry: Callable[[], Mapping[str, str]],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._settings = settings
-        self._engine = engine
-        self._clock = clock
-        self._ingest = Ingest(Store(engine), registry, settings.limits)
+async def _until(process: Process, stopping: threading.Event) -> None:
+    stop = asyncio.Event()
+    served = asyncio.create_task(process.run(stop))
+    while not (stopping.is_set() or served.done()):
+        await asyncio.wait([served], timeout=0.1)
+    stop.set()
+    await served
+
+
+class Roster:
+    """The registry, asked again when it is older than `LAST`, and than twenty times its price."""
+
+    LAST = 1.0
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._known: Mapping[str, str] = {}
+        self._until = 0.0
+
+    def __call__(self) -> Mapping[str, str]:
+        began = time.monotonic()
+        if began >= self._until:
+            self._known = self._registry()
+            ended = time.monotonic()
+            self._until = ended + max(self.LAST, 20 * (ended - began))
+        return self._known
+
+
+class Process:
+    def __init__(self, role: Role) -> None:
+        self._role = role
+        self._clock = role.clock
+        self._ingest = Ingest(role.store, Roster(role.registry), role.limits)
+        self._keep = Retention(raw=role.retention)
         self._queue: deque[Received] = deque()
         self._came = asyncio.Event()
-        self.connection = Connection(settings.options(), self._receive)
+        self.connection = Connection(role.options(), self._receive)
 
     async def run(self, stop: asyncio.Event) -> None:
         session = asyncio.create_task(self.connection.run())
@@ -121,14 +143,12 @@ class Role:
         patience = 0.1 if self._ingest.owes() else None
         await asyncio.wait([came, stopped], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         came.cancel()
-        if self._queue and len(self._queue) < self._settings.batch_max:
-            await asyncio.wait([stopped], timeout=self._settings.linger)
+        if self._queue and len(self._queue) < self._role.batch_max:
+            await asyncio.wait([stopped], timeout=self._role.linger)
 
     async def _turn(self, stop: asyncio.Event) -> bool:
         """One batch from the queue to the acks; False when it had to be given back."""
-        some = [
-            self._queue.popleft() for _ in range(min(len(self._queue), self._settings.batch_max))
-        ]
+        some = [self._queue.popleft() for _ in range(min(len(self._queue), self._role.batch_max))]
         if not self._queue:
             self._came.clear()
         metrics.gauge("bellwether_ingest_queue_messages", len(self._queue) + len(some))
@@ -137,8 +157,7 @@ class Role:
             return True
         began = time.perf_counter()
         messages = [(message.topic, message.payload) for message in some]
-        batch = await asyncio.to_thread(self._ingest.read, messages, self._clock())
-        result = await self._commit(batch, stop)
+        result = await self._commit(messages, stop)
         if result is None:
             return False  # not acknowledged: the broker has all of it, and sends it again
         self.connection.ack(some)
@@ -147,11 +166,16 @@ class Role:
         metrics.observe("bellwether_ingest_batch_seconds", time.perf_counter() - began)
         return True
 
-    async def _commit(self, batch: Batch, stop: asyncio.Event) -> BatchResult | None:
+    async def _commit(
+        self, messages: Sequence[tuple[str, bytes]], stop: asyncio.Event
+    ) -> BatchResult | None:
         """Commit, however often it takes; None when we are told to stop while it fails."""
+        batch: Batch | None = None
         pause = 0.1
         while True:
             try:
+                if batch is None:  # the registry's database may be away, too
+                    batch = await asyncio.to_thread(self._ingest.read, messages, self._clock())
                 return await asyncio.to_thread(self._ingest.commit, batch, self._clock())
             except Exception as error:  # noqa: BLE001 - whatever it is: unacknowledged is not lost
                 metrics.count("bellwether_ingest_store_errors_total")
@@ -167,10 +191,10 @@ class Role:
             await self.connection.publish_many(acks, qos=0, retain=False, timeout=2.0)
 
     def _receive(self, message: Received) -> None:
-        if message.packet_id is None and len(self._queue) >= self._settings.queue_max:
+        if message.packet_id is None and len(self._queue) >= self._role.queue_max:
             metrics.count("bellwether_broker_overflow_total")
             return
-        if len(self._queue) >= self._settings.queue_max:
+        if len(self._queue) >= self._role.queue_max:
             # Only a new session gets here: it brings again what the old one left unacknowledged.
             kept = [m for m in self._queue if m.packet_id is None or m.session == message.session]
             self._queue.clear()
@@ -189,7 +213,7 @@ class Role:
         while True:
             try:
                 while await asyncio.to_thread(
-                    sweep, self._engine, self._clock(), self._settings.retention
+                    sweep, self._role.store.engine, self._clock(), self._keep
                 ):
                     await asyncio.sleep(0.1)
             except Exception as error:  # noqa: BLE001 - old rows are no reason to stop hearing

@@ -88,6 +88,10 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
     def write(self, batch: Batch, now: float) -> Written:
         """Commit a batch; raises Unstorable, or what an absent database raises.
 

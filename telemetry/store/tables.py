@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    func,
     insert,
     select,
 )
@@ -27,6 +28,7 @@ from sqlalchemy import (
 from telemetry.store.database import writing
 
 metadata = MetaData()
+_SCHEMA_LOCK = 0x62775F746D  # "bw_tm"
 
 state = Table(  # one row: every batch updates it first, which puts all commits in one order
     "telemetry_state",
@@ -126,9 +128,14 @@ Index("telemetry_health_received", health.c.received_at)
 
 
 def create_schema(engine: Engine) -> None:
-    """All tables and the one row of `telemetry_state`, where they do not exist yet."""
-    metadata.create_all(engine)
+    """All tables and the one row of `telemetry_state`, where they do not exist yet.
+
+    Several processes may do it at once: SQLite's write lock or an advisory lock lets one go first.
+    """
     with writing(engine) as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+        metadata.create_all(connection)
         if connection.execute(select(state.c.id)).first() is None:
             row = {"id": 1, "batch": 0, "hearing": 0.0, "hearing_at": 0.0}
             connection.execute(insert(state).values(row))

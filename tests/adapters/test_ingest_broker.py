@@ -20,7 +20,8 @@ from sqlalchemy import Engine, text
 from device_agent import protocol
 from device_agent.protocol import Ack
 from telemetry.broker import Connection, Options, Publisher, Received
-from telemetry.ingest_role import IngestSettings, Role
+from telemetry.ingest_role import Process, Role
+from telemetry.ingest_role import run as serve
 from telemetry.store.database import open_engine, writing
 from telemetry.store.reports import Store
 from telemetry.store.tables import create_schema
@@ -119,13 +120,14 @@ async def connected(
 
 
 @contextlib.asynccontextmanager
-async def ingesting(url: str, engine: Engine, **more: Any) -> AsyncIterator[Role]:
-    role = Role(IngestSettings(url=url, **more), engine, lambda: REGISTRY, lambda: NOW)
+async def ingesting(url: str, engine: Engine, **more: Any) -> AsyncIterator[Process]:
+    values = {"registry": lambda: REGISTRY, "clock": lambda: NOW} | more
+    process = Process(Role(url=url, store=Store(engine), **values))
     stop = asyncio.Event()
-    task = asyncio.create_task(role.run(stop))
+    task = asyncio.create_task(process.run(stop))
     try:
-        await asyncio.wait_for(role.connection.up.wait(), 20)
-        yield role
+        await asyncio.wait_for(process.connection.up.wait(), 20)
+        yield process
     finally:
         stop.set()
         await task
@@ -229,7 +231,7 @@ def test_a_broker_killed_in_the_middle_loses_no_acknowledged_message(
                 sending = asyncio.create_task(
                     device.publish_many(messages, retain=False, timeout=60)
                 )
-                await until(lambda: len(counted(engine)) > turn * 300)  # noqa: B023
+                await until(lambda: sending.done() or len(counted(engine)) > turn * 300)  # noqa: B023
                 mosquitto.stop(signal.SIGKILL)
                 mosquitto.start()
                 await sending
@@ -315,16 +317,27 @@ def test_two_ingest_processes_share_the_work_and_count_once(
 
 def test_the_probe_proves_that_the_server_hears(mosquitto: Mosquitto, engine: Engine) -> None:
     async def story() -> None:
-        settings = IngestSettings(url=mosquitto.url)
         ticks = iter(range(10_000))
-        role = Role(settings, engine, lambda: REGISTRY, lambda: NOW + next(ticks) / 100)
-        stop = asyncio.Event()
-        task = asyncio.create_task(role.run(stop))
-        await until(lambda: Store(engine).hearing()[0] > 0)
-        stop.set()
-        await task
+        async with ingesting(mosquitto.url, engine, clock=lambda: NOW + next(ticks) / 100):
+            await until(lambda: Store(engine).hearing()[0] > 0)
 
     run(story)
+
+
+def test_the_role_serves_in_a_thread_until_it_is_told_to_stop(
+    mosquitto: Mosquitto, engine: Engine
+) -> None:
+    role = Role(url=mosquitto.url, store=Store(engine), registry=lambda: REGISTRY)
+    stopping = threading.Event()
+    thread = threading.Thread(target=serve, args=(role, stopping))
+    thread.start()
+    publisher = Publisher(mosquitto.url, None, None, "dev")
+    publisher.start()
+    while counted(engine) != [("car-1", 1)]:  # again, until somebody listens
+        publisher.publish([("bw/v1/car-1/health", health(1))], retain=False, timeout=5)
+    publisher.stop()
+    stopping.set()
+    thread.join()
 
 
 def test_hostile_topics_and_bytes_disturb_nobody(mosquitto: Mosquitto, engine: Engine) -> None:
