@@ -20,6 +20,7 @@ from sqlalchemy import Engine, text
 from device_agent import protocol
 from device_agent.protocol import Ack
 from telemetry.broker import Connection, Options, Publisher, Received
+from telemetry.ingest import Limits
 from telemetry.ingest_role import Process, Role
 from telemetry.ingest_role import run as serve
 from telemetry.store.database import open_engine, writing
@@ -43,7 +44,7 @@ class Mosquitto:
         user = "user root\n" if os.geteuid() == 0 else ""
         self._config.write_text(
             f"{user}listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence true\n"
-            f"persistence_location {root}/\nautosave_interval 1\nautosave_on_changes true\n"
+            f"persistence_location {root}/\nautosave_interval 100\nautosave_on_changes true\n"
             "max_queued_messages 0\nmax_inflight_messages 0\n"
         )
         self._process: subprocess.Popen[bytes] | None = None
@@ -121,7 +122,9 @@ async def connected(
 
 @contextlib.asynccontextmanager
 async def ingesting(url: str, engine: Engine, **more: Any) -> AsyncIterator[Process]:
-    values = {"registry": lambda: REGISTRY, "clock": lambda: NOW} | more
+    # The clock stands still, so no bucket is ever refilled.
+    limits = Limits(per_second=1.0, burst=1e9)
+    values = {"registry": lambda: REGISTRY, "clock": lambda: NOW, "limits": limits} | more
     process = Process(Role(url=url, store=Store(engine), **values))
     stop = asyncio.Event()
     task = asyncio.create_task(process.run(stop))
