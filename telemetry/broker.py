@@ -107,6 +107,7 @@ class Connection:
         self._options = options
         self._on_message = on_message
         self._session = 0
+        self._opened = 0
         self._wire: Wire | None = None
         self._connack: asyncio.Future[mqtt5.ConnAckPacket] | None = None
         self._suback: asyncio.Future[mqtt5.SubAckPacket] | None = None
@@ -122,6 +123,11 @@ class Connection:
     @property
     def connected(self) -> bool:
         return self.up.is_set()
+
+    @property
+    def connections(self) -> int:
+        """How often a session was opened: a new one may be with a broker that forgot all."""
+        return self._opened
 
     async def run(self) -> None:
         """Connect, serve, connect again, until `stop`."""
@@ -211,6 +217,7 @@ class Connection:
         keep_alive = answer.server_keep_alive
         self._keep_alive = options.keep_alive if keep_alive is None else keep_alive
         self.last_error = None
+        self._opened += 1
         self.up.set()
         metrics.gauge("bellwether_broker_connected", 1, client=options.client_id)
         metrics.count("bellwether_broker_connects_total", client=options.client_id)
@@ -393,6 +400,10 @@ class Publisher:
     @property
     def connected(self) -> bool:
         return self._connection.connected
+
+    @property
+    def connections(self) -> int:
+        return self._connection.connections
 
     @property
     def last_error(self) -> str | None:
