@@ -1,0 +1,57 @@
+"""The bodies that people and devices send: strict types, bounded, unknown fields refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic.alias_generators import to_camel
+
+Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+# Reasons stand in Git, in the audit and on pages: text of one person, without control characters.
+Reason = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*$")]
+Word = Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Labels = Annotated[dict[str, str], Field(max_length=64)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, alias_generator=to_camel, populate_by_name=True
+    )
+
+
+class Verb(Body):
+    """What every verb on a rollout takes."""
+
+    reason: Reason = ""
+    incident: Word | None = None
+    to: Word | None = None
+    hold: Id | None = None
+    if_revision: Annotated[int, Field(ge=0)] | None = None
+
+
+class Stop(Body):
+    scope: Literal["all", "product", "hardware", "digest"] = "all"
+    value: Word = ""
+    reason: Reason
+    lift: bool = False
+
+
+class Device(Body):
+    id: str = Field(max_length=128)
+    fleet: str = Field(max_length=128)
+    labels: Labels = Field(default_factory=dict)
+
+
+class Move(Body):
+    fleet: str = Field(max_length=128)
+    labels: Labels | None = None
+    reason: Reason = ""
+
+
+class Why(Body):
+    reason: Reason = ""
+
+
+class Claim(Body):
+    token: Annotated[str, StringConstraints(min_length=1, max_length=128)]

@@ -1,0 +1,202 @@
+"""Joins what the registry, telemetry and the rollouts know of devices into the API's JSON.
+
+Reading only. Telemetry is followed by its change numbers, scores are used for some seconds: a page
+of devices costs what is on the page.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from controller.rollout.cohort import Candidate, assign
+from controller.rollout.model import Device
+from controller.rollout.waves import Pinned
+from controller.store import views
+from device_agent.protocol import to_wire
+from telemetry.report import DeviceRow, TelemetryReader
+from telemetry.score import Scores, bands, score
+
+_SCORES_LAST = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    at: float
+    values: Mapping[str, Mapping[str, Any]]
+    cohorts: Mapping[str, str]
+
+
+class DeviceBook:
+    def __init__(self, reader: TelemetryReader, clock: Callable[[], float]) -> None:
+        self._reader = reader
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen: dict[str, DeviceRow] = {}
+        self._change = 0
+        self._scored: dict[str, _Scored] = {}
+
+    def seen(self) -> Mapping[str, DeviceRow]:
+        """The last word of every device."""
+        with self._lock:
+            for row in self._reader.devices_changed(self._change):
+                self._seen[row.device] = row
+                self._change = max(self._change, row.change)
+            return self._seen
+
+    def describe(self, conn: Connection, rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:
+        """The API's JSON of registry rows."""
+        ids = [row.id for row in rows]
+        seen, orders = self.seen(), views.orders(conn, ids)
+        drawn = views.memberships(conn, ids)
+        waves = views.cohorts_of_steps(conn, list({row.rollout for row in drawn.values()}))
+        scored = {fleet: self._score(conn, fleet) for fleet in {row.fleet for row in rows}}
+        return [
+            _device(
+                row,
+                seen.get(row.id),
+                orders.get(row.id),
+                drawn.get(row.id),
+                waves,
+                scored[row.fleet],
+            )
+            for row in rows
+        ]
+
+    def _score(self, conn: Connection, fleet: str) -> _Scored:
+        now = self._clock()
+        with self._lock:
+            known = self._scored.get(fleet)
+        if known is not None and now - known.at < _SCORES_LAST:
+            return known
+        fresh = self._compute(conn, fleet, now)
+        with self._lock:
+            self._scored[fleet] = fresh
+        return fresh
+
+    def _compute(self, conn: Connection, fleet: str, now: float) -> _Scored:
+        plain = views.pinned_of_fleet(conn, fleet)
+        if plain is None:
+            return _Scored(now, {}, {})
+        pinned = Pinned.from_json(plain)
+        spec = pinned.policy.score
+        if spec is None:
+            return _Scored(now, {}, _cohorts(conn, fleet, pinned, {}, {}))
+        totals = self._reader.totals(since=now - spec.window.total_seconds(), until=now)
+        result = score(totals, spec)
+        values = _values(result)
+        quintiles = dict(zip(result.devices, (int(b) for b in bands(result)), strict=True))
+        return _Scored(now, values, _cohorts(conn, fleet, pinned, values, quintiles))
+
+
+def _values(result: Scores) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for index, device in enumerate(result.devices):
+        number = float(result.value[index])
+        found[device] = {
+            "value": number if math.isfinite(number) else None,
+            "exposureHours": float(result.exposure_hours[index]),
+            "parts": {
+                name: part
+                for name, column in result.parts.items()
+                if math.isfinite(part := float(column[index]))
+            },
+        }
+    return found
+
+
+def _cohorts(
+    conn: Connection,
+    fleet: str,
+    pinned: Pinned,
+    values: Mapping[str, Mapping[str, Any]],
+    quintiles: Mapping[str, int],
+) -> dict[str, str]:
+    """The cohort that each device would be drawn from now."""
+    rows = views.list_devices(
+        conn, after="", limit=1_000_000, fleets=frozenset(), fleet=fleet, status="active"
+    )
+    candidates = [
+        Candidate(
+            device=Device(id=row.id, fleet=row.fleet, labels=row.labels, status=row.status),
+            score=values.get(row.id, {}).get("value"),
+            band=quintiles.get(row.id, -1),
+        )
+        for row in rows
+    ]
+    found = assign(pinned.fleet.cohorts, candidates, "view")
+    return {c.device.id: name for name, members in found.items() for c in members}
+
+
+def _device(
+    row: Row[Any],
+    seen: DeviceRow | None,
+    order: Mapping[str, Any] | None,
+    drawn: Row[Any] | None,
+    waves: Mapping[str, Sequence[str | None]],
+    scored: _Scored,
+) -> dict[str, Any]:
+    cohort, score_then = _membership(drawn, waves)
+    return {
+        "id": row.id,
+        "fleet": row.fleet,
+        "labels": row.labels,
+        "status": row.status,
+        "enrolledAt": views.when(row.enrolled_at),
+        "cohort": cohort or scored.cohorts.get(row.id),
+        "score": scored.values.get(row.id) or {"value": None, "exposureHours": 0.0, "parts": {}},
+        "scoreWhenDrawn": score_then,
+        "membership": None
+        if drawn is None
+        else {
+            "rollout": drawn.rollout,
+            "name": drawn.rollout_name,
+            "step": drawn.step,
+            "arm": drawn.arm,
+            "state": drawn.state,
+            "reason": drawn.reason,
+        },
+        "desired": order,
+        **_reported(seen),
+    }
+
+
+def _membership(
+    drawn: Row[Any] | None, waves: Mapping[str, Sequence[str | None]]
+) -> tuple[str | None, float | None]:
+    if drawn is None or drawn.arm == "control":
+        return None, None if drawn is None else drawn.score
+    steps = waves.get(drawn.rollout, ())
+    return (steps[drawn.step] if 0 <= drawn.step < len(steps) else None), drawn.score
+
+
+def _reported(seen: DeviceRow | None) -> dict[str, Any]:
+    if seen is None:
+        return {
+            "state": None,
+            "reason": None,
+            "blockedBy": [],
+            "components": {},
+            "history": [],
+            "lastContact": None,
+            "online": False,
+        }
+    return {
+        "state": None if seen.state is None else str(seen.state),
+        "reason": seen.reason,
+        "blockedBy": list(seen.blocked_by),
+        "attempt": seen.attempt,
+        "term": seen.term,
+        "generation": seen.generation,
+        "components": {name: to_wire(part) for name, part in seen.components.items()},
+        "history": [to_wire(entry) for entry in seen.history],
+        "lastContact": views.when(seen.last_contact),
+        "reportedAt": views.when(seen.reported_at),
+        "online": seen.online,
+        "log": seen.log,
+    }

@@ -1,0 +1,492 @@
+"""The HTTP service over a real database and a real broker."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import insert, update
+from starlette.testclient import TestClient
+
+from controller import tokens
+from controller.broker_admin import ADMIN, BrokerAdmin, BrokerChild
+from controller.devices import Registry
+from controller.http.app import Deps, create_app
+from controller.keys import DirectorKey
+from controller.settings import Settings
+from controller.store.database import open_control
+from controller.store.tables import desired, devices, rollouts
+from controller.tokens import Role
+from telemetry.store.database import open_engine, writing
+from telemetry.store.reports import Store
+from telemetry.store.tables import create_schema
+
+NOW = 1_800_000_000.0
+XSS = "<script>alert(1)</script>"
+
+
+class Files:
+    """A content store of two lines: the real one is tested where it lives."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def path(self, digest: str) -> Path:
+        return self._root / digest
+
+    def add(self, source: Path) -> tuple[str, int]:
+        data = source.read_bytes()
+        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        self.path(digest).write_bytes(data)
+        return digest, len(data)
+
+
+@dataclass
+class House:
+    deps: Deps
+    app: FastAPI
+    client: TestClient
+    pokes: list[int]
+
+    def with_settings(self, **changes: Any) -> TestClient:
+        settings = self.deps.settings.model_copy(update=changes)
+        return _client(create_app(replace(self.deps, settings=settings)))
+
+    def token(self, role: Role, fleets: tuple[str, ...] = ()) -> dict[str, str]:
+        made = tokens.create(
+            self.deps.engine, name=f"t-{role}", role=role, fleets=fleets, actor="test", now=NOW
+        )
+        return {"Authorization": f"Bearer {made.token}"}
+
+
+def _client(app: FastAPI, address: str = "127.0.0.1") -> TestClient:
+    return TestClient(
+        app,
+        base_url="http://127.0.0.1:8420",
+        client=(address, 50_000),
+        raise_server_exceptions=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerChild]:
+    with BrokerChild(tmp_path_factory.mktemp("broker")) as child:
+        yield child
+
+
+@pytest.fixture()
+def house(tmp_path: Path, broker: BrokerChild) -> Iterator[House]:
+    engine = open_control(f"sqlite:///{tmp_path}/control.db")
+    telemetry = open_engine(f"sqlite:///{tmp_path}/telemetry.db")
+    create_schema(telemetry)
+    admin = BrokerAdmin(broker.url, *broker.credentials(ADMIN))
+    admin.sync([])
+    pokes: list[int] = []
+    (tmp_path / "hook").write_text("hush\n")
+    (tmp_path / "content").mkdir()
+    deps = Deps(
+        engine=engine,
+        reader=Store(telemetry),
+        registry=Registry(engine, admin, broker.secret),
+        content=Files(tmp_path / "content"),
+        key=DirectorKey.load_or_create(tmp_path / "director.pem"),
+        settings=Settings(
+            state_dir=tmp_path, broker=broker.url, webhook_secret_file=tmp_path / "hook"
+        ),
+        clock=lambda: NOW,
+        poke=lambda: pokes.append(1),
+    )
+    app = create_app(deps)
+    yield House(deps, app, _client(app), pokes)
+    admin.close()
+    engine.dispose()
+    telemetry.dispose()
+
+
+def add_rollout(house: House, name: str = "cars", state: str = "Soaking", **values: Any) -> str:
+    row = {
+        "id": f"01{name}".ljust(26, "0"),
+        "name": name,
+        "fleet": "eu",
+        "release": "fsd-2",
+        "digest": "sha256:" + "a" * 64,
+        "artifacts": {"autopilot": "sha256:" + "b" * 64},
+        "commit": "c" * 40,
+        "author": "ann",
+        "state": state,
+        "sentence": "SOAKING — 3 of 10",
+        "revision": 4,
+        "step": 0,
+        "opened_at": NOW,
+        "step_at": NOW,
+        "soak": 0.0,
+        "updated_at": NOW,
+        "seed": "s",
+        "pinned": {},
+        "flags": {},
+        **values,
+    }
+    with writing(house.deps.engine) as conn:
+        conn.execute(insert(rollouts).values(**row))
+    return str(row["id"])
+
+
+def enrol(house: House, device: str = "car-1", fleet: str = "eu") -> dict[str, Any]:
+    made = house.client.post("/api/v1/devices", json={"id": device, "fleet": fleet})
+    assert made.status_code == 201, made.text
+    answer = house.client.post("/api/v1/devices:enrol", json={"token": made.json()["token"]})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+# -- devices --------------------------------------------------------------------------------------
+
+
+def test_a_token_enrols_once(house: House) -> None:
+    made = house.client.post(
+        "/api/v1/devices", json={"id": "car-1", "fleet": "eu", "labels": {"hardware": "hw3"}}
+    ).json()
+    first = house.client.post("/api/v1/devices:enrol", json={"token": made["token"]})
+    assert first.status_code == 200
+    assert first.json()["broker"]["username"] == "car-1"
+    assert first.json()["keys"][0]["public"] == house.deps.key.public_hex
+    second = house.client.post("/api/v1/devices:enrol", json={"token": made["token"]})
+    assert second.status_code == 401
+    shown = house.client.get("/api/v1/devices/car-1").json()
+    assert shown["status"] == "active"
+    assert shown["labels"] == {"hardware": "hw3"}
+
+
+def test_devices_come_in_bulk_and_page_by_page(house: House) -> None:
+    many = [{"id": f"car-{i:03d}", "fleet": "eu"} for i in range(50)]
+    made = house.client.post("/api/v1/devices", json=many)
+    assert len(made.json()["items"]) == 50
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        params = {"limit": 20, **({"cursor": cursor} if cursor else {})}
+        page = house.client.get("/api/v1/devices", params=params).json()
+        seen += [d["id"] for d in page["items"]]
+        cursor = page["next"]
+        if cursor is None:
+            break
+    assert seen == [d["id"] for d in many]
+
+
+def test_changes_show_what_moved_since_the_cursor(house: House) -> None:
+    enrol(house, "car-1")
+    first = house.client.get("/api/v1/devices:changes").json()
+    assert [d["id"] for d in first["items"]] == ["car-1"]
+    again = house.client.get("/api/v1/devices:changes", params={"cursor": first["next"]}).json()
+    assert again["items"] == []
+    house.client.post("/api/v1/devices/car-1:move", json={"fleet": "us", "reason": "sold"})
+    moved = house.client.get("/api/v1/devices:changes", params={"cursor": first["next"]}).json()
+    assert [(d["id"], d["fleet"]) for d in moved["items"]] == [("car-1", "us")]
+
+
+def test_an_enrolled_device_gets_no_second_token(house: House) -> None:
+    enrol(house)
+    again = house.client.post("/api/v1/devices", json={"id": "car-1", "fleet": "eu"})
+    assert again.status_code == 409
+    assert again.json()["errors"][0]["pointer"] == "/0/id"
+
+
+def test_a_device_reads_its_own_order_alone(house: House) -> None:
+    mine = enrol(house, "car-1")["broker"]
+    enrol(house, "car-2")
+    basic = (mine["username"], mine["password"])
+    assert house.client.get("/api/v1/devices/car-1/desired", auth=basic).status_code == 204
+    with writing(house.deps.engine) as conn:
+        conn.execute(
+            insert(desired).values(
+                device="car-1", term=1, generation=1, attempt="a", kind="install",
+                components={}, body=b'{"signed":{}}', at=NOW, published=True,
+            )
+        )  # fmt: skip
+    got = house.client.get("/api/v1/devices/car-1/desired", auth=basic)
+    assert (got.status_code, got.content) == (200, b'{"signed":{}}')
+    assert house.client.get("/api/v1/devices/car-2/desired", auth=basic).status_code == 403
+    wrong = ("car-1", "guess")
+    assert house.client.get("/api/v1/devices/car-1/desired", auth=wrong).status_code == 401
+    assert house.client.get("/api/v1/devices", auth=basic).status_code == 401
+
+
+def test_a_retired_device_has_no_rights_left(house: House) -> None:
+    mine = enrol(house)["broker"]
+    basic = (mine["username"], mine["password"])
+    done = house.client.post("/api/v1/devices/car-1:retire", json={"reason": "scrapped"})
+    assert done.json()["status"] == "retired"
+    assert house.client.get("/api/v1/devices/car-1/desired", auth=basic).status_code == 401
+    again = house.client.post("/api/v1/devices/car-1:retire", json={})
+    assert again.status_code == 409
+
+
+def test_a_replaced_board_gets_a_new_password_and_term(house: House) -> None:
+    old = enrol(house)["broker"]["password"]
+    made = house.client.post("/api/v1/devices/car-1:replace", json={"reason": "burnt"}).json()
+    new = house.client.post("/api/v1/devices:enrol", json={"token": made["token"]}).json()
+    assert new["broker"]["password"] != old
+
+
+# -- verbs ----------------------------------------------------------------------------------------
+
+
+def test_a_rollback_needs_the_revision_that_was_seen(house: House) -> None:
+    add_rollout(house)
+    url, body = "/api/v1/rollouts/cars:rollback", {"reason": "it brakes"}
+    shown = house.client.get("/api/v1/rollouts/cars")
+    assert shown.headers["etag"] == '"4"'
+    assert house.client.post(url, json=body).status_code == 428
+    stale = house.client.post(url, json=body, headers={"If-Match": '"3"'})
+    assert stale.status_code == 412
+    assert stale.headers["content-type"] == "application/problem+json"
+    done = house.client.post(url, json=body, headers={"If-Match": shown.headers["etag"]})
+    assert done.status_code == 202, done.text
+    assert house.pokes
+    assert house.client.get("/api/v1/rollouts/cars").json()["holds"][0]["reason"] == "it brakes"
+
+
+def test_any_revision_will_do_when_the_caller_says_so(house: House) -> None:
+    add_rollout(house)
+    done = house.client.post(
+        "/api/v1/rollouts/cars:pause", json={"reason": "look"}, headers={"If-Match": "*"}
+    )
+    assert done.status_code == 202
+
+
+def test_a_dry_run_changes_nothing(house: House) -> None:
+    add_rollout(house)
+    plan = house.client.post("/api/v1/rollouts/cars:rollback?dryRun=true", json={})
+    assert plan.status_code == 200
+    assert plan.json()["kind"] == "rollback"
+    assert house.client.get("/api/v1/rollouts/cars").json()["revision"] == 4
+
+
+def test_a_stop_needs_a_reason_only(house: House) -> None:
+    bad = house.client.post("/api/v1/stop", json={"scope": "all", "reason": " "})
+    assert bad.status_code == 422
+    done = house.client.post("/api/v1/stop", json={"scope": "all", "reason": "recall"})
+    assert done.status_code == 202
+    assert house.client.get("/api/v1/fleets").json()["stops"][0]["reason"] == "recall"
+
+
+# -- who may --------------------------------------------------------------------------------------
+
+OPEN = {("get", "/livez"), ("get", "/readyz"), ("post", "/api/v1/devices:enrol"),
+        ("post", "/webhooks/git")}  # fmt: skip
+DEVICE = {("get", "/api/v1/devices/{device}/desired"), ("get", "/artifacts/{digest}")}
+STOPS = {f"/api/v1/rollouts/{{rollout}}:{verb}" for verb in ("rollback", "hold", "pause")}
+STARTS = {f"/api/v1/rollouts/{{rollout}}:{verb}" for verb in ("lift", "resume", "promote")}
+
+
+def _allowed(method: str, path: str, role: Role) -> bool:
+    if role is Role.ADMIN:
+        return True
+    if path == "/api/v1/audit":
+        return role is Role.AUDITOR
+    if method == "get":
+        return True
+    if path in STOPS or path == "/api/v1/stop":
+        return role in (Role.ON_CALL, Role.RELEASE_MANAGER)
+    if path in STARTS or path == "/api/v1/releases:publish":
+        return role is Role.RELEASE_MANAGER
+    return False
+
+
+def test_every_route_asks_every_role(house: House) -> None:
+    client = house.with_settings(auth="required")
+    document = client.get("/api/v1/openapi.json").json()
+    routes = [(m, p) for p, item in document["paths"].items() for m in item]
+    assert len(routes) > 25
+    for role in Role:
+        headers = {**house.token(role), "If-Match": "*"}
+        for method, path in routes:
+            if (method, path) in OPEN or path == "/api/v1/events":
+                continue
+            url = path.format(fleet="x", device="x", rollout="x", decision="x", digest="x")
+            kind = {"json": {}} if method == "post" else {}
+            if path.endswith(":publish"):
+                url += "?component=a&version=1"
+            code = client.request(method, url, headers=headers, **kind).status_code
+            assert (code != 403) == _allowed(method, path, role), (role, method, path, code)
+            assert code != 500, (role, method, path)
+            bare = client.request(method, url, **kind).status_code
+            assert bare == 401, (method, path, bare)
+
+
+def test_a_wrong_token_is_refused_even_on_loopback(house: House) -> None:
+    bad = house.client.get("/api/v1/rollouts", headers={"Authorization": "Bearer bwt_nope"})
+    assert bad.status_code == 401
+    right = house.token(Role.VIEWER)
+    assert house.client.get("/api/v1/rollouts", headers=right).status_code == 200
+    row = tokens.every(house.deps.engine)[-1]
+    assert tokens.revoke(house.deps.engine, row.id, actor="test", now=NOW)
+    assert house.client.get("/api/v1/rollouts", headers=right).status_code == 401
+
+
+def test_a_token_of_one_fleet_does_not_see_the_other(house: House) -> None:
+    add_rollout(house)
+    enrol(house, "car-1", "eu")
+    elsewhere = house.token(Role.ADMIN, ("us",))
+    for path in ("rollouts/cars", "devices/car-1", "fleets/eu", "rollouts/cars/decisions"):
+        assert house.client.get(f"/api/v1/{path}", headers=elsewhere).status_code == 404, path
+    assert house.client.get("/api/v1/devices", headers=elsewhere).json()["items"] == []
+    retire = house.client.post("/api/v1/devices/car-1:retire", json={}, headers=elsewhere)
+    assert retire.status_code == 404
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_another_site_cannot_use_the_local_admin(house: House, headers: dict[str, str]) -> None:
+    body = {"scope": "all", "reason": "x"}
+    assert house.client.post("/api/v1/stop", json=body, headers=headers).status_code == 403
+
+
+def test_the_local_admin_is_local(house: House) -> None:
+    assert _client(house.app, "192.0.2.7").get("/api/v1/rollouts").status_code == 401
+
+
+# -- hostile input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", 422),
+        (b"{", 422),
+        (b"[]", 422),
+        (b'{"reason": 1}', 422),
+        (b'{"reason": "x", "cowboy": true}', 422),
+        (b'{"reason": "\\u0000"}', 422),
+        (b'{"reason": "\\ud800"}', 422),
+        (b'{"reason": "x", "ifRevision": NaN}', 422),
+        (b'{"reason": "x", "ifRevision": 1e999}', 422),
+        (b'{"reason": "' + b"x" * 3000 + b'"}', 422),
+        (b"[" * 100_000, 422),
+        (b"\xff\xfe", 422),
+    ],
+)
+def test_hostile_bodies_are_refused(house: House, body: bytes, code: int) -> None:
+    add_rollout(house)
+    answer = house.client.post(
+        "/api/v1/rollouts/cars:rollback",
+        content=body,
+        headers={"Content-Type": "application/json", "If-Match": "*"},
+    )
+    assert answer.status_code in (code, 400), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert house.client.get("/api/v1/rollouts/cars").json()["revision"] == 4
+
+
+def test_an_unknown_field_is_named(house: House) -> None:
+    answer = house.client.post("/api/v1/stop", json={"reason": "x", "scop": "all"})
+    assert answer.json()["errors"] == [{"pointer": "/scop", "detail": "unknown field"}]
+
+
+def test_bodies_have_a_size_and_a_type(house: House) -> None:
+    json = {"Content-Type": "application/json"}
+    big = house.client.post("/api/v1/stop", content=b" " * 2_000_000, headers=json)
+    assert big.status_code == 413
+    stream = house.client.post("/api/v1/stop", content=iter([b" " * 600_000] * 3), headers=json)
+    assert stream.status_code == 413
+    form = house.client.post("/api/v1/stop", data={"reason": "x"})
+    assert form.status_code == 415
+
+
+@pytest.mark.parametrize("device", ["../x", "a+b", "#", "A", "a/b", "", "x" * 64, "bw-ingest", XSS])
+def test_no_device_has_such_a_name(house: House, device: str) -> None:
+    answer = house.client.post("/api/v1/devices", json={"id": device, "fleet": "eu"})
+    assert answer.status_code == 422
+
+
+@pytest.mark.parametrize("cursor", ["x", "ÿ", "MTox", "!!!!", "MToA"])
+def test_a_cursor_of_somebody_else_is_an_error(house: House, cursor: str) -> None:
+    answer = house.client.get("/api/v1/devices:changes", params={"cursor": cursor})
+    assert answer.status_code == 400
+
+
+def test_nul_is_in_no_path(house: House) -> None:
+    assert house.client.get("/api/v1/rollouts/a%00b").status_code == 400
+    assert house.client.get("/api/v1/devices?cursor=%00").status_code == 400
+
+
+def test_names_are_escaped_on_the_page(house: House) -> None:
+    add_rollout(house, sentence=XSS, author=XSS)
+    enrol(house)
+    with writing(house.deps.engine) as conn:
+        conn.execute(update(devices).values(fleet=XSS))
+    page = house.client.get("/")
+    assert page.status_code == 200, page.text
+    assert "<script" not in page.text
+    assert "&lt;script&gt;" in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert house.client.get("/status.css").headers["content-type"].startswith("text/css")
+
+
+# -- services -------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_published_and_fetched_in_parts(house: House) -> None:
+    data = b"0123456789" * 100
+    made = house.client.post(
+        "/api/v1/releases:publish?component=autopilot&version=10.1.0",
+        content=data,
+        headers={"Content-Type": "application/octet-stream"},
+    )
+    assert made.status_code == 201, made.text
+    digest = made.json()["digest"]
+    whole = house.client.get(f"/artifacts/{digest}")
+    assert whole.content == data
+    part = house.client.get(
+        f"/artifacts/{digest}", headers={"Range": "bytes=990-", "If-Range": whole.headers["etag"]}
+    )
+    assert (part.status_code, part.content) == (206, data[990:])
+    assert house.client.get("/artifacts/sha256:" + "0" * 64).status_code == 404
+    assert house.client.get("/artifacts/..%2f..%2fetc%2fpasswd").status_code == 404
+
+
+def test_a_webhook_must_be_signed(house: House) -> None:
+    body = b'{"ref":"refs/heads/main"}'
+    right = "sha256=" + hmac.new(b"hush", body, hashlib.sha256).hexdigest()
+    post = house.client.post
+    assert post("/webhooks/git", content=body).status_code == 401
+    wrong = post("/webhooks/git", content=body + b" ", headers={"X-Hub-Signature-256": right})
+    assert wrong.status_code == 401
+    assert not house.pokes
+    done = post("/webhooks/git", content=body, headers={"X-Hub-Signature-256": right})
+    assert done.status_code == 202
+    assert post("/webhooks/git", headers={"X-Gitlab-Token": "hush"}).status_code == 202
+    assert len(house.pokes) == 2
+
+
+def test_probes_and_metrics_answer(house: House) -> None:
+    enrol(house)
+    assert house.client.get("/livez").status_code == 200
+    assert house.client.get("/readyz").status_code == 200
+    text = house.client.get("/metrics").text
+    assert 'bellwether_devices{status="active"} 1.0' in text
+
+
+def test_events_resume_after_the_last_one(house: House) -> None:
+    enrol(house)
+    from controller.http import services
+
+    services.EVENTS_LAST = 0.5
+    got = house.client.get("/api/v1/events", headers={"Last-Event-ID": "1"})
+    assert "event: device.claim" in got.text
+    assert "event: device.register" not in got.text
+    assert house.client.get("/api/v1/events", headers={"Last-Event-ID": "x"}).status_code == 400
