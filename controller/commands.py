@@ -136,7 +136,7 @@ def _find(conn: Connection, rollout: str | None) -> Mapping[str, Any]:
     ).first()
     if match is None:
         raise Refused(404, f"rollout {rollout!r}: unknown; `bellwether status` lists them")
-    return match._mapping
+    return dict(match._mapping)
 
 
 def _check(row: Mapping[str, Any], kind: str, if_revision: int | None) -> None:

@@ -20,10 +20,10 @@ from sqlalchemy import Connection, Engine
 
 from controller import audit, ulid
 from controller.commands import add_hold
+from controller.evidence import Evidence
 from controller.manifests.kinds import Release
 from controller.orders import Broker, Issuer, Outbox, build
 from controller.rollout import desired, reconcile
-from controller.evidence import Evidence
 from controller.rollout.model import (
     ActiveHold,
     ActiveStop,

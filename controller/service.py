@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 import structlog
+import uvicorn
 from sqlalchemy import Engine, select
 
 from controller import wake
@@ -173,8 +174,6 @@ def _statuses(engine: Engine) -> dict[str, str]:
 
 def run_api(settings: Settings, stopping: threading.Event) -> None:
     """HTTP for people, devices and CI."""
-    import uvicorn
-
     from controller.artifacts import ContentStore
     from controller.http.app import Deps, create_app
 
@@ -194,17 +193,23 @@ def run_api(settings: Settings, stopping: threading.Event) -> None:
     )
     host, port = settings.address
     server = uvicorn.Server(
-        uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=3,
+        )
     )
-    server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
     threading.Thread(target=_stop_server, args=(server, stopping), daemon=True).start()
     server.run()
     admin.close()
 
 
-def _stop_server(server: object, stopping: threading.Event) -> None:
+def _stop_server(server: uvicorn.Server, stopping: threading.Event) -> None:
     stopping.wait()
-    server.should_exit = True  # type: ignore[attr-defined]
+    server.should_exit = True
 
 
 RUN: dict[str, Callable[[Settings, threading.Event], None]] = {

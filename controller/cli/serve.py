@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,13 @@ def serve(
         Path | None, typer.Option(help="SSH allowed-signers file: commits must be signed.")
     ] = None,
     poll_interval: Annotated[
-        float | None, typer.Option(help="Seconds between two looks at Git. [default: 30]")
+        float | None, typer.Option(help="Seconds between two looks at Git. [default: 15]")
+    ] = None,
+    tick_interval: Annotated[
+        float | None, typer.Option(help="Seconds between turns of the loop. [default: 0.5]")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with settings; flags and variables win.")
     ] = None,
     show_settings: Annotated[
         bool, typer.Option("--show-settings", help="Print the settings in force, and end.")
@@ -57,7 +64,7 @@ def serve(
 
     Flags are strongest, then BELLWETHER_* variables, then the TOML file. Ends in order on SIGTERM.
     """
-    from controller.cli.serving import load, show
+    from controller.settings import SettingsError, load
 
     flags: dict[str, Any] = {
         "repo": repo,
@@ -73,11 +80,19 @@ def serve(
         "webhook_secret_file": webhook_secret_file,
         "allowed_signers": allowed_signers,
         "poll_interval": poll_interval,
+        "tick_interval": tick_interval,
     }
-    settings = load({name: value for name, value in flags.items() if value is not None})
+    try:
+        settings = load(flags, config)
+    except SettingsError as error:
+        typer.echo(f"bellwether serve: {error}", err=True)
+        raise typer.Exit(2) from None
     if show_settings:
-        show(settings)
+        typer.echo(json.dumps(settings.shown(), indent=2))
         return
+    if not settings.repo and settings.role in ("all", "controller"):
+        typer.echo("bellwether serve: --repo: say which repository to follow", err=True)
+        raise typer.Exit(2)
     from controller.service import serve as run
 
     raise typer.Exit(run(settings))

@@ -1,4 +1,4 @@
-"""Decides what may enter: references across documents, cohorts that cover, fleets that are disjoint.
+"""Decides what may enter: references between documents, cohorts that cover, disjoint fleets.
 
 Pure. Each rule answers problems with the rollouts that they block, so that an error in one fleet
 never blocks another. A field whose behaviour is not built yet is reported as a notice, never

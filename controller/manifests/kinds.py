@@ -31,6 +31,7 @@ Share = Annotated[float, BeforeValidator(scalars.share)]
 Number = Annotated[float, BeforeValidator(scalars.number)]
 Whole = Annotated[int, BeforeValidator(scalars.whole)]
 Truth = Annotated[bool, BeforeValidator(scalars.truth)]
+Margin = Annotated[float, BeforeValidator(scalars.margin), Field(gt=0)]
 Size = Annotated[int, BeforeValidator(scalars.size)]
 Name = Annotated[str, Field(pattern=rf"^{ID.pattern}$")]
 Digest = Annotated[str, Field(pattern=rf"^{DIGEST.pattern}$")]
@@ -257,15 +258,6 @@ class Pause(Model):
     duration: Duration | None = None
 
 
-class StepMargins(Model):
-    """Harm that this step must refute: replaces the policy's margins for it."""
-
-    ratio: Number | None = None
-    failed: Share | None = None
-    lost: Share | None = None
-    absolute: Number | None = None
-
-
 class KeepBack(Model):
     percent: Share
     for_: Annotated[Duration, Field(alias="for")]
@@ -278,7 +270,7 @@ class Step(Model):
     max_per_minute: Annotated[Whole, Field(ge=1)] | None = None
     soak: Duration = timedelta(0)
     max_soak: Duration | None = None
-    margins: StepMargins | None = None
+    margins: Mapping[str, Margin] = Field(default_factory=dict)  # ratio, failed, lost, <metric>
     pause: Pause | None = None
     keep_back: KeepBack | None = None
 

@@ -151,23 +151,17 @@ def _engine(data: Mapping[str, Any]) -> Engine:
             values["weights"] = _weights(numbers, (*path, "weights"))
         elif isinstance(value, list):
             values[field.name] = tuple(
-                _scalar(_ratio_or_share, v, (*path, key, i)) for i, v in enumerate(value)
+                _scalar(scalars.margin, v, (*path, key, i)) for i, v in enumerate(value)
             )
         elif isinstance(field.default, int) and not isinstance(field.default, bool):
             values[field.name] = _scalar(scalars.whole, value, (*path, key))
         else:
-            values[field.name] = _scalar(_ratio_or_share, value, (*path, key))
+            values[field.name] = _scalar(scalars.margin, value, (*path, key))
     return _make(path, lambda: Engine(**values))
 
 
 def _weights(numbers: Mapping[str, float], path: Path) -> Weights:
     return _make(path, lambda: Weights(**numbers))
-
-
-def _ratio_or_share(value: Any) -> float:
-    if isinstance(value, str) and value.endswith("%"):
-        return scalars.share(value)
-    return scalars.number(value)
 
 
 # -- small readers --------------------------------------------------------------------------------

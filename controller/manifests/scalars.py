@@ -61,6 +61,13 @@ def number(value: object) -> float:
     return found
 
 
+def margin(value: object) -> float:
+    """A ratio or amount (`2`), or a share written as one (`30%`)."""
+    if isinstance(value, str) and value.endswith("%"):
+        return share(value)
+    return number(value)
+
+
 def whole(value: object) -> int:
     """A whole number of at most 2^53 − 1."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,16}", value):

@@ -32,6 +32,9 @@ _NOT_THE_RELEASE = frozenset(
 )
 
 
+AFTER_COMMIT = "after its commit"  # a silent device that had confirmed the update before
+
+
 def follow(
     member: Member,
     rollout: Rollout,
@@ -56,14 +59,24 @@ def follow(
     member = _exposure(member, rollout, row, now)
     if row.attempt == member.attempt and row.state in _FAILED:
         return _failed(member, row, deaf, now)
-    if runs_target(row, rollout, committed=True):
+    quiet = unheard(row, hearing, now) > patience
+    if runs_target(row, rollout, committed=True) and not quiet:
         return _become(member, MemberState.UPDATED, "", now)
-    if _activated(member, row) and unheard(row, hearing, now) > patience:
-        return _become(member, MemberState.SILENT, f"no contact for {patience:.0f} s", now)
+    if _activated(member, row) and quiet:
+        return _silent(member, patience, now)
     if member.state is MemberState.SILENT:
         return _become(member, MemberState.TOLD, "", now)
     waits = ", ".join(row.blocked_by) if row.state is State.DEFERRED else ""
     return member if member.reason == waits else replace(member, reason=waits, updated_at=now)
+
+
+def _silent(member: Member, patience: float, now: float) -> Member:
+    if member.state is MemberState.SILENT:
+        return member
+    reason = f"no contact for {patience:.3g} s"
+    if member.state is MemberState.UPDATED:
+        reason += f", {AFTER_COMMIT}"
+    return _become(member, MemberState.SILENT, reason, now)
 
 
 def unheard(row: DeviceRow, hearing: float, now: float) -> float:

@@ -451,7 +451,7 @@ def _of(values: tuple[float, ...], wave: int) -> float:
 
 
 def _widened(case: Case, readings: list[Reading], proofs: list[_Shares]) -> str:
-    failed, gone = proofs
+    gone = proofs[-1]
     _, high = outcome.band(case.policy.engine, gone.bad, gone.n)
     parts = [
         f"{gone.n - gone.bad} of {gone.n} devices updated and heard, at most {high * 100:.3g} % "

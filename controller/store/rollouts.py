@@ -80,7 +80,7 @@ def put_meta(conn: Connection, key: str, value: Any) -> None:
 def load_rollouts(conn: Connection) -> dict[str, Rollout]:
     """Unfinished rollouts and every other one that may still matter: all, oldest first."""
     rows = conn.execute(select(rollouts).order_by(rollouts.c.opened_at, rollouts.c.id))
-    return {row.id: _rollout(row._mapping) for row in rows}
+    return {row.id: _rollout(dict(row._mapping)) for row in rows}
 
 
 def revisions(conn: Connection) -> dict[str, int]:
@@ -92,7 +92,7 @@ def revisions(conn: Connection) -> dict[str, int]:
 def load_members(conn: Connection) -> dict[str, dict[str, Member]]:
     loaded: dict[str, dict[str, Member]] = {}
     for row in conn.execute(select(members)):
-        loaded.setdefault(row.rollout, {})[row.device] = _member(row._mapping)
+        loaded.setdefault(row.rollout, {})[row.device] = _member(dict(row._mapping))
     return loaded
 
 
@@ -166,7 +166,7 @@ def load_commands(conn: Connection) -> list[Command]:
 
 def load_orders(conn: Connection) -> dict[str, Order]:
     rows = conn.execute(select(desired)).all()
-    return {row.device: _order(row._mapping) for row in rows}
+    return {row.device: _order(dict(row._mapping)) for row in rows}
 
 
 def load_proven(conn: Connection) -> dict[tuple[str, str, str], Proven]:

@@ -1,0 +1,134 @@
+"""Puts together what the gate judges: members' outcomes, silence, observations, limits.
+
+Pure. A device that was told but has not begun (offline, deferred) is in no denominator: one dead
+device blocks nobody. A device that went silent after its commit speaks in the silence guardrail,
+against the control's silence; only one that never confirmed is a failed update.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from controller.rollout.follow import AFTER_COMMIT
+from controller.rollout.gate import AbortFailed, Case, Outcome, Past, Silence, StepLimits
+from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
+from controller.rollout.waves import Pinned, Wave
+from controller.rollout.world import World
+from device_agent.protocol import State
+from telemetry.evidence.observations import Observations
+
+if TYPE_CHECKING:
+    from controller.rollout.step import Standing
+
+__all__ = ["Case", "build"]
+
+
+def build(
+    world: World, rollout: Rollout, pinned: Pinned, wave: Wave, seen: Standing, now: float
+) -> Case:
+    """The case of the current step of this rollout."""
+    members = list(world.members.get(rollout.id, {}).values())
+    strategy, step = pinned.rollout.strategy, wave.step
+    abort = strategy.abort_failed
+    extended = float(rollout.flags.get("extended_at", 0.0))
+    return Case(
+        policy=pinned.policy.judged,
+        step=StepLimits(
+            wave=wave.index,
+            name=wave.name,
+            min_soak=step.soak.total_seconds(),
+            max_soak=step.max_soak.total_seconds() + extended if step.max_soak else None,
+            soaked=rollout.soak,
+            min_reporting=strategy.min_reporting,
+            reporting=seen.reporting,
+            updated=seen.updated,
+            margins=dict(step.margins),
+        ),
+        observations=world.observations.get(rollout.id, Observations()),
+        outcomes=_outcomes(world, rollout, members),
+        silence=_silence(members),
+        abort_failed=AbortFailed(count=abort.count, share=abort.share) if abort else None,
+        max_failed=strategy.max_failed,
+        history=_history(world, rollout),
+        release=rollout.release,
+        commit=rollout.commit[:7],
+    )
+
+
+def _outcomes(world: World, rollout: Rollout, members: list[Member]) -> tuple[Outcome, ...]:
+    counted: dict[tuple[int, str], Counter[str]] = {}
+    for member in members:
+        if member.arm is Arm.EXPOSED and (word := _outcome(world, member)):
+            counted.setdefault((member.step, member.hardware), Counter())[word] += 1
+    return tuple(
+        Outcome(
+            wave=wave,
+            hardware=hardware,
+            started=sum(words.values()),
+            committed=words["committed"],
+            failed=words["failed"],
+            silent=words["silent"],
+            lost=words["lost"],
+            pending=words["pending"],
+        )
+        for (wave, hardware), words in sorted(counted.items())
+    )
+
+
+def _outcome(world: World, member: Member) -> str:
+    """What became of one member; empty when it has not begun."""
+    row = world.seen.get(member.device)
+    match member.state:
+        case MemberState.UPDATED:
+            return "committed"
+        case MemberState.FAILED:
+            return "failed"
+        case MemberState.SILENT if member.reason.endswith(AFTER_COMMIT):
+            return "committed"
+        case MemberState.SILENT:
+            return "lost" if row is not None and row.state is State.ACTIVATING else "silent"
+        case MemberState.TOLD if member.exposed_at is not None:
+            return "pending"
+        case MemberState.TOLD if row is not None and row.attempt == member.attempt:
+            begun = row.state in (State.INSTALLING, State.INSTALLED, State.ACTIVATING)
+            return "pending" if begun else ""
+    return ""
+
+
+def _silence(members: list[Member]) -> tuple[Silence, ...]:
+    counted: dict[tuple[int, str], Counter[str]] = {}
+    for member in members:
+        if member.state is MemberState.LEFT or member.exposed_at is None:
+            continue
+        if member.arm is Arm.RETURNING:
+            continue
+        words = counted.setdefault((member.step, member.hardware), Counter())
+        words[member.arm] += 1
+        words[f"{member.arm} silent"] += member.state is MemberState.SILENT
+    return tuple(
+        Silence(
+            wave=wave,
+            hardware=hardware,
+            exposed=words[Arm.EXPOSED],
+            exposed_silent=words["exposed silent"],
+            control=words[Arm.CONTROL],
+            control_silent=words["control silent"],
+        )
+        for (wave, hardware), words in sorted(counted.items())
+        if words[Arm.EXPOSED]
+    )
+
+
+def _history(world: World, rollout: Rollout) -> tuple[Past, ...]:
+    """Failures of the fleet's earlier completed rollouts, newest last."""
+    past = []
+    for other in sorted(world.rollouts.values(), key=lambda r: (r.opened_at, r.id)):
+        if other.fleet != rollout.fleet or other.state is not RolloutState.COMPLETED:
+            continue
+        members = [m for m in world.members.get(other.id, {}).values() if m.arm is Arm.EXPOSED]
+        failed = sum(m.state is MemberState.FAILED for m in members)
+        updated = sum(m.state is MemberState.UPDATED for m in members)
+        if failed + updated:
+            past.append(Past(failed=failed, started=failed + updated))
+    return tuple(past[-5:])
