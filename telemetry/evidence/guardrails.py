@@ -6,7 +6,7 @@ Decides how the parts of a guardrail combine, not what follows (`controller.roll
 2. A rate's E is ½ first events (K2) + ½ repeat rate (K3r); with no control at all, K2' against the
    declared budget alone.
 3. A rate is safe when its ratio margin *or* its budget is refuted. Above 20 % of devices with a
-   first event the ratio listens to K3r alone, and the budget to the worse of first and capped counts.
+   first event the ratio listens to K3r alone, the budget to the worse of first and capped counts.
 4. NaN anywhere stays NaN: it passes no gate.
 """
 
@@ -97,7 +97,7 @@ def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading
     parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
     evidence = _pooled(_rate_harm(engine, gate, seen, None, controls), parts)
     ell = first_events.curve(engine, _ticks(gate, seen.ticks, None))
-    low, high = first_events.band(engine, ell)
+    low, high = _ratio_band(engine, ell, _repeats(engine, gate, seen, None))
     one, zero = _arm(seen.totals, "exposed"), _arm(seen.totals, "control")
     counts = {"exposed": one, "control": zero}
     crowded = _crowded(engine, seen)
@@ -123,7 +123,7 @@ def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading
         estimate=estimate,
         band=(low, high),
         dry_run=gate.dry_run,
-        counts=counts | {"rate": rate1, "control_rate": rate0, "first_ratio": [low, high]},
+        counts=counts | {"rate": rate1, "control_rate": rate0, "ratio_band": [low, high]},
         lacks=lacks,
         says=_says_rate(gate, one, zero, (low, high), margin, budget),
     )
@@ -225,6 +225,15 @@ def _rate_harm(
         return 1.0  # own past alone is advisory: nothing to judge against
     firsts, exposure, _ = _at_risk(seen, hardware)
     return first_events.budget_harm(engine, firsts, exposure, budget[0])
+
+
+def _ratio_band(engine: Engine, ell: curves.Array, repeats: levels.Normal) -> tuple[float, float]:
+    """The band of the part that speaks louder, so that the sentence shows what decided."""
+    tau = engine.ratio_prior
+    if repeats.i > 0 and levels.harm(repeats, tau) > first_events.harm(engine, ell):
+        low, high = levels.band(repeats, tau)
+        return math.exp(max(low, -20.0)), math.exp(min(high, 20.0))
+    return first_events.band(engine, ell)
 
 
 def _ticks(gate: Gate, ticks: Iterable[EventTick], hardware: str | None) -> list[first_events.Tick]:

@@ -1,0 +1,397 @@
+"""The ledger and the verdict ladder: each rule one test."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from controller.rollout.gate import (
+    AbortFailed,
+    Case,
+    Outcome,
+    Silence,
+    StepLimits,
+    Verdict,
+    judge,
+    needed,
+)
+from telemetry.evidence import first_events
+from telemetry.evidence.ledger import Enrolment, Ledger, Observations, merge
+from telemetry.policy import Engine, Gate, GateType, Margin, Policy
+from telemetry.report import HealthRow, Level
+
+ONLY_OUTCOME = Policy(name="plain", gates=(Gate(metric="update_ok", type=GateType.PROPORTION),))
+RATE = Gate(metric="disengagement", type=GateType.RATE, margin=Margin(ratio=1.5))
+DRIVING = Policy(
+    name="driving", gates=(*ONLY_OUTCOME.gates, replace(RATE, budget={"per_1000h": 40}))
+)
+SOAKED = StepLimits(name="canary", min_soak=60, max_soak=600, soaked=60, reporting=60, updated=60)
+
+
+def clean(n: int = 60) -> Outcome:
+    return Outcome(wave=0, hardware="hw3", started=n, committed=n)
+
+
+def row(
+    device: str,
+    at: float,
+    *,
+    events: int = 0,
+    attempt: str | None = None,
+    digest: str = "old",
+    seq: int = 0,
+    level: float = 50.0,
+) -> HealthRow:
+    return HealthRow(
+        batch=1,
+        device=device,
+        received_at=at,
+        boot="b",
+        seq=seq,
+        attempt=attempt,
+        components={"app": digest},
+        t0=at - 60,
+        seconds=60,
+        levels={"cabin_cpu": Level(n=60, total=60 * level, squares=60 * level**2)},
+        counters={"disengagement": events} if events else {},
+        exposure={"device_hour": 1.0},
+    )
+
+
+def exposed(device: str, since: float = 1000.0, wave: int = 0) -> Enrolment:
+    return Enrolment(
+        device=device,
+        arm="exposed",
+        wave=wave,
+        hardware="hw3",
+        band=0,
+        since=since,
+        attempt="a1",
+        digests={"app": "new"},
+    )
+
+
+def control(device: str, since: float = 1000.0) -> Enrolment:
+    return Enrolment(device=device, arm="control", wave=0, hardware="hw3", band=0, since=since)
+
+
+def fleet(
+    policy: Policy, *, ratio: float, seed: int, n1: int = 12, n0: int = 60, mean: float = 0.3
+) -> list[Observations]:
+    """Snapshots over a wave of 20 ticks; `mean` events per device of an unharmed one."""
+    chance = np.random.default_rng(seed)
+    ledger = Ledger(policy, tick=60)
+    names = [f"car-{i:03d}" for i in range(n1 + n0)]
+    for i, name in enumerate(names):
+        ledger.enrol(exposed(name) if i < n1 else control(name))
+    frailty = chance.lognormal(-0.5, 1, n1 + n0)
+    seen = []
+    for tick in range(20):
+        rows = []
+        for i, name in enumerate(names):
+            rate = mean / 20 * frailty[i] * (ratio if i < n1 else 1.0)
+            rows.append(
+                row(
+                    name,
+                    1060.0 + 60 * tick,
+                    events=int(chance.poisson(rate)),
+                    attempt="a1" if i < n1 else None,
+                    digest="new" if i < n1 else "old",
+                    seq=tick,
+                )
+            )
+        ledger.add(rows)
+        seen.append(ledger.snapshot())
+    return seen
+
+
+def test_a_clean_soaked_step_widens() -> None:
+    judged = judge(Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(clean(),)))
+    assert judged.verdict is Verdict.WIDEN
+    assert judged.sentence.startswith("WIDENED — 60 of 60 devices")
+
+
+def test_too_few_devices_wait_and_say_how_many_are_needed() -> None:
+    step = replace(SOAKED, reporting=9, updated=9)
+    judged = judge(Case(policy=ONLY_OUTCOME, step=step, outcomes=(clean(9),)))
+    assert judged.verdict is Verdict.WAIT
+    assert "9 of 44 devices needed" in judged.sentence
+
+
+def test_the_soak_is_waited_for() -> None:
+    judged = judge(Case(policy=ONLY_OUTCOME, step=replace(SOAKED, soaked=10), outcomes=(clean(),)))
+    assert judged.verdict is Verdict.WAIT
+    assert "soaked 10 s of 60 s" in judged.sentence
+
+
+def test_too_few_reporting_wait() -> None:
+    judged = judge(
+        Case(policy=ONLY_OUTCOME, step=replace(SOAKED, reporting=40), outcomes=(clean(),))
+    )
+    assert judged.verdict is Verdict.WAIT
+    assert judged.numbers["binding"] == "reporting"
+
+
+def test_maximum_soak_without_proof_is_inconclusive() -> None:
+    step = replace(SOAKED, soaked=600, reporting=9, updated=9)
+    judged = judge(Case(policy=ONLY_OUTCOME, step=step, outcomes=(clean(9),)))
+    assert judged.verdict is Verdict.INCONCLUSIVE
+
+
+def test_maximum_soak_with_evidence_of_harm_waits_for_a_person() -> None:
+    one = Outcome(wave=0, hardware="hw3", started=9, committed=8, failed=1)
+    step = replace(SOAKED, soaked=600, reporting=8, updated=8)
+    judged = judge(Case(policy=ONLY_OUTCOME, step=step, outcomes=(one,)))
+    assert judged.verdict is Verdict.WAIT
+    assert judged.numbers["page"] is True
+
+
+def test_a_policy_with_update_ok_alone_can_roll_back() -> None:
+    bad = Outcome(wave=0, hardware="hw3", started=10, committed=6, failed=4)
+    judged = judge(Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(bad,), commit="9c1f2abcd"))
+    assert judged.verdict is Verdict.ROLL_BACK
+    assert judged.sentence.startswith("ROLLED BACK — 4 of 10 devices failed")
+    assert judged.sentence.endswith("by policy `plain`, commit 9c1f2ab")
+
+
+def test_silence_counts_as_failure() -> None:
+    gone = Outcome(wave=0, hardware="hw3", started=10, committed=6, silent=4)
+    assert judge(Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(gone,))).verdict is (
+        Verdict.ROLL_BACK
+    )
+
+
+def test_silence_of_committed_devices_is_compared_with_control() -> None:
+    quiet = Silence(wave=0, hardware="hw3", exposed=60, exposed_silent=20, control=300)
+    outage = replace(quiet, control_silent=100)
+    case = Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(clean(),), silence=(quiet,))
+    assert judge(case).verdict is Verdict.ROLL_BACK
+    assert judge(replace(case, silence=(outage,))).verdict is Verdict.WAIT
+
+
+def test_pending_is_success_for_rollback_and_failure_for_promotion() -> None:
+    half = Outcome(wave=0, hardware="hw3", started=60, committed=30, pending=30)
+    assert judge(Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(half,))).verdict is Verdict.WAIT
+
+
+def test_abort_failed_needs_count_and_share() -> None:
+    bad = Outcome(wave=0, hardware="hw3", started=20, committed=18, failed=2)
+    case = Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(bad,), max_failed=0.2)
+    assert judge(case).verdict is Verdict.WAIT
+    brake = AbortFailed(count=2, share=0.1)
+    assert judge(replace(case, abort_failed=brake)).verdict is Verdict.ROLL_BACK
+    assert judge(replace(case, abort_failed=replace(brake, share=0.2))).verdict is Verdict.WAIT
+    assert judge(replace(case, abort_failed=replace(brake, count=3))).verdict is Verdict.WAIT
+
+
+def test_harm_in_one_hardware_is_not_diluted() -> None:
+    good = Outcome(wave=0, hardware="a", started=2000, committed=2000)
+    bad = Outcome(wave=0, hardware="b", started=20, committed=15, failed=5)
+    assert judge(Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(good, bad))).verdict is (
+        Verdict.ROLL_BACK
+    )
+
+
+def test_hardware_with_too_few_devices_is_named_unproven() -> None:
+    few = Outcome(wave=0, hardware="rare", started=3, committed=3)
+    judged = judge(Case(policy=ONLY_OUTCOME, step=SOAKED, outcomes=(clean(), few)))
+    assert judged.verdict is Verdict.WIDEN
+    assert "unproven for want of devices: rare" in judged.sentence
+
+
+def test_nothing_observed_never_passes() -> None:
+    judged = judge(Case(policy=DRIVING, step=SOAKED, outcomes=(clean(),)))
+    assert judged.verdict is Verdict.WAIT
+    assert judged.numbers["binding"] == "disengagement"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_six_fold_rise_in_a_canary_of_12_is_caught(seed: int) -> None:
+    judged = []
+    for seen in fleet(DRIVING, ratio=6, seed=seed):
+        case = Case(policy=DRIVING, step=SOAKED, outcomes=(clean(12),), observations=seen)
+        judged.append(judge(case))
+    caught = [j for j in judged if j.verdict is Verdict.ROLL_BACK]
+    assert caught
+    assert caught[0].sentence.startswith("ROLLED BACK — disengagement")
+    assert "control" in caught[0].sentence
+
+
+def test_harmless_small_fleets_are_not_rolled_back_under_peeking() -> None:
+    wrong = 0
+    for seed in range(100, 160):
+        wrong += any(
+            judge(
+                Case(policy=DRIVING, step=SOAKED, outcomes=(clean(12),), observations=seen)
+            ).verdict
+            is Verdict.ROLL_BACK
+            for seen in fleet(DRIVING, ratio=1, seed=seed)
+        )
+    assert wrong / 60 <= 0.05
+
+
+def test_no_control_left_is_judged_by_the_budget() -> None:
+    policy = Policy(name="b", gates=(replace(RATE, budget={"per_device_hour": 0.05}),))
+    good = fleet(policy, ratio=0.01, seed=1, n0=0)[-1]
+    bad = fleet(policy, ratio=40, seed=1, n0=0)[-1]
+    case = Case(policy=policy, step=SOAKED, outcomes=(clean(),), observations=good)
+    assert judge(case).verdict is Verdict.WIDEN
+    assert judge(replace(case, observations=bad)).verdict is Verdict.ROLL_BACK
+
+
+def test_a_dry_run_gate_is_shown_and_never_acted_on() -> None:
+    policy = Policy(name="dry", gates=(replace(RATE, dry_run=True),))
+    seen = fleet(policy, ratio=10, seed=2)[-1]
+    judged = judge(Case(policy=policy, step=SOAKED, outcomes=(clean(),), observations=seen))
+    assert judged.verdict is Verdict.WIDEN
+    assert judged.numbers["guardrails"]["disengagement"]["harm"] > 20
+
+
+@pytest.mark.parametrize(("hits", "verdict"), [(1, Verdict.WAIT), (2, Verdict.ROLL_BACK)])
+def test_tripwire(hits: int, verdict: Verdict) -> None:
+    policy = Policy(
+        name="t", gates=(Gate(metric="disengagement", type=GateType.EVENT, tripwire_devices=2),)
+    )
+    ledger = Ledger(policy, tick=60)
+    for i in range(5):
+        ledger.enrol(exposed(f"car-{i}"))
+        ledger.add([row(f"car-{i}", 1100, events=int(i < hits), attempt="a1", digest="new")])
+    case = Case(policy=policy, step=SOAKED, outcomes=(clean(),), observations=ledger.snapshot())
+    assert judge(case).verdict is verdict
+    confirmed = replace(case, corroborated=("disengagement",))
+    assert judge(confirmed).verdict is Verdict.ROLL_BACK
+
+
+def test_replay_gives_the_same_verdict_and_a_changed_input_another() -> None:
+    seen = fleet(DRIVING, ratio=6, seed=1)[-1]
+    case = Case(policy=DRIVING, step=SOAKED, outcomes=(clean(12),), observations=seen)
+    data = json.loads(json.dumps(case.to_json()))
+    assert judge(Case.from_json(data)) == judge(case)
+    for tick in data["observations"]["metrics"]["disengagement"]["ticks"]:
+        tick["d0"], tick["d1"] = tick["d1"] + tick["d0"], 0
+    data["observations"]["metrics"]["disengagement"]["repeats"] = []
+    assert judge(Case.from_json(data)).verdict is not judge(case).verdict
+
+
+def test_needed_says_what_a_clean_step_must_show() -> None:
+    need = needed(DRIVING, StepLimits(margins={"ratio": 2}))
+    assert need["failed"] == 44
+    assert need["gates"]["disengagement"]["hours"] == pytest.approx(90, rel=0.1)
+    assert needed(DRIVING, StepLimits(margins={"failed": 0.3, "lost": 0.3}))["devices"] <= 12
+
+
+# -- the ledger -----------------------------------------------------------------------------------
+
+
+def script() -> tuple[list[Enrolment], list[HealthRow]]:
+    chance = random.Random(5)
+    people = [exposed("a"), exposed("b"), control("c"), control("d"), control("e")]
+    rows = []
+    for who in people:
+        for k in range(10):
+            at = 500 + 100.0 * k
+            under = who.arm == "exposed" and at > 1000
+            rows.append(
+                row(
+                    who.device,
+                    at,
+                    events=chance.choice([0, 0, 1, 3]),
+                    attempt="a1" if under else None,
+                    digest="new" if under else "old",
+                    seq=k,
+                    level=chance.uniform(40, 60),
+                )
+            )
+    return people, rows
+
+
+LEVELS = Policy(name="l", gates=(*DRIVING.gates, Gate(metric="cabin_cpu", type=GateType.MEAN)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_order_of_arrival_is_irrelevant(seed: int) -> None:
+    people, rows = script()
+    one, other = Ledger(LEVELS, tick=60), Ledger(LEVELS, tick=60)
+    for who in people:
+        one.enrol(who)
+    one.add(rows)
+    one.censor("c", 1250)
+    random.Random(seed).shuffle(rows)
+    other.add(rows[:15])  # fewer than fix winsor limits, which the first enrolment ends
+    for who in people:
+        other.enrol(who)
+    other.censor("c", 1250)
+    for each in rows[15:]:
+        other.add([each])
+    # Sums of floats may differ in their last bit.
+    assert flat(other.snapshot().to_json()) == pytest.approx(flat(one.snapshot().to_json()))
+
+
+def flat(data: object) -> list[float]:
+    if isinstance(data, dict):
+        return [x for key in sorted(data) for x in flat(data[key])]
+    if isinstance(data, list):
+        return [x for item in data for x in flat(item)]
+    return [float(data)] if isinstance(data, int | float) else []
+
+
+def test_evidence_needs_the_attempt_and_the_digest() -> None:
+    ledger = Ledger(DRIVING, tick=60)
+    ledger.enrol(exposed("a"))
+    ledger.add(
+        [
+            row("a", 1100, events=1, attempt="other", digest="new"),
+            row("a", 1160, events=1, attempt="a1", digest="old", seq=1),
+            row("a", 1220, events=1, attempt=None, digest="new", seq=2),
+        ]
+    )
+    assert ledger.snapshot().metric("disengagement").ticks == ()
+
+
+def test_only_the_first_event_of_a_device_counts() -> None:
+    ledger = Ledger(DRIVING, tick=60)
+    ledger.enrol(control("c"))
+    ledger.add([row("c", 1100 + 60 * k, events=5, seq=k) for k in range(4)])
+    seen = ledger.snapshot().metric("disengagement")
+    assert sum(tick.d0 for tick in seen.ticks) == 1
+    assert seen.totals[0].events == 20
+
+
+def test_a_censored_device_counts_no_longer() -> None:
+    ledger = Ledger(DRIVING, tick=60)
+    ledger.enrol(control("c"))
+    ledger.add([row("c", 1300, events=1)])
+    ledger.censor("c", 1200)
+    assert ledger.snapshot().metric("disengagement").ticks == ()
+
+
+def test_merge_of_shards_is_everything_at_once() -> None:
+    seen = [fleet(DRIVING, ratio=2, seed=s)[-1] for s in (1, 2)]
+    together = merge(seen)
+    engine = Engine()
+
+    def curve(one: Observations) -> np.ndarray:
+        ticks = one.metric("disengagement").ticks
+        return first_events.curve(engine, [(t.d1, t.d0, t.y1, t.y0) for t in ticks])
+
+    assert np.allclose(curve(together), curve(seen[0]) + curve(seen[1]))
+    assert merge(seen).arms[0].enrolled == 2 * seen[0].arms[0].enrolled
+
+
+def test_a_lying_clock_cannot_place_evidence_before_the_enrolment() -> None:
+    ledger = Ledger(DRIVING, tick=60)
+    ledger.enrol(exposed("a", since=1e9))
+    lying = replace(row("a", 1e9 + 60, events=1, attempt="a1", digest="new"), t0=1e9 - 500_000)
+    ledger.add([lying])
+    assert ledger.snapshot().metric("disengagement").ticks[0].tick == int(1e9 // 60)
+
+
+@pytest.mark.parametrize("damage", [{"step": None}, {"policy": {"name": 3}}, {"extra": 1}])
+def test_damaged_cases_are_refused(damage: dict[str, object]) -> None:
+    data = Case(policy=DRIVING, step=SOAKED).to_json() | damage
+    with pytest.raises(ValueError, match="case"):
+        Case.from_json(data)
