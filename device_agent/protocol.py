@@ -41,6 +41,8 @@ ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
+# A whole string, or one that never ends: neither can be mistaken for structure.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|$)|[\[\]{}]', re.DOTALL)
 _TOPIC = re.compile(rf"bw/v1/({ID.pattern})/(desired|reported|health|ack|presence)")
 
 
@@ -287,7 +289,7 @@ def load(payload: bytes) -> Any:
 
 
 def canonical(signed: Mapping[str, Any]) -> bytes:
-    """The bytes that are signed: sorted keys, no blanks, UTF-8, no floats (TUF's canonical JSON)."""
+    """The bytes that are signed: sorted keys, no blanks, UTF-8, no floats (as TUF does)."""
     return json.dumps(
         signed, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -464,24 +466,10 @@ def _check_health(message: Health) -> None:
     _components(message.components)
     for digest in message.components.values():
         _digest("components", digest)
-    for label, table in (
-        ("columns", message.columns),
-        ("counters", message.counters),
-        ("exposure", message.exposure),
-    ):
-        if len(table) > MAX_METRICS:
-            raise ProtocolError("malformed", f"{label}: more than {MAX_METRICS} names")
-        for name in table:
-            if not METRIC.fullmatch(name):
-                raise ProtocolError("bad_metric", f"{label}: {name[:64]!r} ({METRIC.pattern})")
-    lengths = {len(column) for column in message.columns.values()}
-    if len(lengths) > 1:
-        raise ProtocolError("malformed", "columns: of different lengths")
-    if lengths and not 1 <= next(iter(lengths)) <= MAX_SAMPLES:
-        raise ProtocolError("malformed", f"columns: 1 to {MAX_SAMPLES} samples are expected")
-    for column in message.columns.values():
-        for sample in column:
-            _finite("columns", sample)
+    _names("columns", message.columns)
+    _names("counters", message.counters)
+    _names("exposure", message.exposure)
+    _check_columns(message.columns)
     for name, count in message.counters.items():
         _natural(f"counters.{name}", count)
     for name, amount in message.exposure.items():
@@ -491,6 +479,25 @@ def _check_health(message: Health) -> None:
     if not 0 < _finite("dt", message.dt) <= 86_400 * 31:
         raise ProtocolError("malformed", "dt: above 0 s and at most 31 days")
     _natural("dropped", message.dropped)
+
+
+def _names(label: str, table: Mapping[str, object]) -> None:
+    if len(table) > MAX_METRICS:
+        raise ProtocolError("malformed", f"{label}: more than {MAX_METRICS} names")
+    for name in table:
+        if not METRIC.fullmatch(name):
+            raise ProtocolError("bad_metric", f"{label}: {name[:64]!r} ({METRIC.pattern})")
+
+
+def _check_columns(columns: Mapping[str, tuple[float | None, ...]]) -> None:
+    lengths = {len(column) for column in columns.values()}
+    if len(lengths) > 1:
+        raise ProtocolError("malformed", "columns: of different lengths")
+    if lengths and not 1 <= next(iter(lengths)) <= MAX_SAMPLES:
+        raise ProtocolError("malformed", f"columns: 1 to {MAX_SAMPLES} samples are expected")
+    for column in columns.values():
+        for sample in column:
+            _finite("columns", sample)
 
 
 def _check_reported(message: Reported) -> None:
@@ -571,26 +578,20 @@ def _finite(where: str, number: float | None) -> float:
 
 
 def _check_depth(text: str) -> None:
-    """Refuse nesting before a recursive parser sees it; strings are skipped."""
-    depth, in_string, escaped = 0, False, False
+    """Refuse nesting before a recursive parser sees it; brackets within strings do not count."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
-    for char in text:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == '"':
-                in_string = False
-        elif char == '"':
-            in_string = True
-        elif char in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ProtocolError("too_deep", f"more than {MAX_DEPTH} levels")
-        elif char in "]}":
-            depth -= 1
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        match token.group()[0]:
+            case "[" | "{":
+                depth += 1
+            case "]" | "}":
+                depth -= 1
+            case _:
+                continue
+        if depth > MAX_DEPTH:
+            raise ProtocolError("too_deep", f"more than {MAX_DEPTH} levels")
 
 
 def _refuse_constant(name: str) -> float:
