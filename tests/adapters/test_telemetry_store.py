@@ -32,7 +32,7 @@ from telemetry.store.fold import Batch, Heard
 from telemetry.store.reports import Store
 from telemetry.store.retention import BOOTS, DAY, Retention, sweep
 from telemetry.store.seen import WINDOW, Seen, Verdict, pack, unpack
-from telemetry.store.tables import create_schema
+from telemetry.store.tables import create_schema, metadata
 
 NOW = 1_800_000_000.0
 DIGEST = "sha256:" + "a" * 64
@@ -282,6 +282,47 @@ def test_a_failed_batch_leaves_nothing_behind(store: Store, engine: Engine) -> N
     assert store.watermark() == 1
     assert [row.seq for row in store.health_since(0)] == [1]
     assert store.write(batch("car-1", health(3)), NOW).verdicts == (Verdict.NEW,)
+
+
+def test_several_processes_may_make_the_schema_at_once(engine: Engine) -> None:
+    metadata.drop_all(engine)
+    failures: list[Exception] = []
+
+    def make() -> None:
+        own = open_engine(engine.url.render_as_string(hide_password=False))
+        try:
+            create_schema(own)
+        except Exception as error:  # noqa: BLE001
+            failures.append(error)
+        finally:
+            own.dispose()
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert Store(engine).watermark() == 0
+
+
+def test_a_database_that_cut_its_connections_is_used_again(store: Store, engine: Engine) -> None:
+    if engine.dialect.name != "postgresql":
+        pytest.skip("SQLite has no connections to cut")
+    store.write(batch("car-1", health(1)), NOW)
+    other = create_engine(engine.url, isolation_level="AUTOCOMMIT")
+    with other.connect() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+    other.dispose()
+    assert store.write(batch("car-1", health(1), health(2)), NOW).verdicts == (
+        Verdict.REPEAT,
+        Verdict.NEW,
+    )
 
 
 def test_a_replaced_board_starts_over(store: Store) -> None:
