@@ -69,9 +69,18 @@ class BatchResult:
 
 
 class Ingest:
-    def __init__(self, store: Writer, registry: Registry, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        store: Writer,
+        registry: Registry,
+        limits: Limits | None = None,
+        *,
+        again: Registry | None = None,
+    ) -> None:
+        """`again` is the registry without its cache, for devices that enrolled a moment ago."""
         self._store = store
         self._registry = registry
+        self._again = again
         self._limits = limits or Limits()
         self._buckets: dict[str, tuple[float, float]] = {}  # device → (tokens, when)
         self._acks = Acks()
@@ -84,7 +93,7 @@ class Ingest:
         """Believe or refuse; charges the buckets, so call it once per message received."""
         believed: list[Heard] = []
         refusals: Counter[str] = Counter()
-        devices, probe = self._registry(), False
+        devices, probe = self._statuses(messages), False
         for topic, payload in messages:
             if topic == PROBE_TOPIC:
                 probe = True
@@ -125,6 +134,15 @@ class Ingest:
 
     def owes(self) -> bool:
         return self._acks.waiting()
+
+    def _statuses(self, messages: Sequence[Bytes]) -> Mapping[str, str]:
+        known = self._registry()
+        if self._again is None:
+            return known
+        names = {parts[2] for topic, _ in messages if len(parts := topic.split("/")) == 4}
+        if all(known.get(name) == ACTIVE for name in names):
+            return known
+        return self._again()
 
     def _believe(self, topic: str, payload: bytes, devices: Mapping[str, str], now: float) -> Heard:
         device, channel = parse_topic(topic)

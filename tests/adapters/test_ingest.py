@@ -151,6 +151,20 @@ def test_topics_are_held_against_the_registry(topic: str, reason: str, ingest: I
     assert (result.rows, result.refusals, result.acks) == (0, {reason: 1}, [])
 
 
+def test_a_device_that_enrolled_a_moment_ago_is_heard(store: Store) -> None:
+    asked: list[str] = []
+
+    def again() -> dict[str, str]:
+        asked.append("again")
+        return {**REGISTRY, "new": "active"}
+
+    ingest = Ingest(store, lambda: REGISTRY, again=again)
+    assert ingest.batch([("bw/v1/car-1/health", wire(HEALTH))], NOW).rows == 1
+    assert asked == []
+    assert ingest.batch([("bw/v1/new/health", wire(HEALTH))], NOW).rows == 1
+    assert asked == ["again"]
+
+
 def test_unknown_fields_are_accepted(ingest: Ingest) -> None:
     payload = wire(HEALTH, fancy={"deep": [1, {"er": ':":"'}]})
     assert ingest.batch([("bw/v1/car-1/health", payload)], NOW).rows == 1
