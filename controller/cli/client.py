@@ -1,0 +1,76 @@
+"""The CLI's HTTP client: JSON in and out, every problem as a sentence and an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from controller.cli.errors import Failed
+
+DENIED = 6
+
+
+class NotFound(Failed):
+    """404: what was named does not exist (yet)."""
+
+
+class Api:
+    def __init__(self, server: str, token: str | None, *, timeout: float = 120.0) -> None:
+        import httpx2
+
+        headers = {"User-Agent": "bellwether-cli"}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        self._server = server.rstrip("/")
+        self._client = httpx2.Client(base_url=self._server, headers=headers, timeout=timeout)
+
+    def get(self, path: str, **params: Any) -> Any:
+        return self._ask("GET", path, params={k: v for k, v in params.items() if v})[0]
+
+    def get_with_revision(self, path: str) -> tuple[Any, str]:
+        body, headers = self._ask("GET", path)
+        return body, headers.get("etag", "*")
+
+    def post(
+        self, path: str, body: Any, *, if_match: str | None = None, dry_run: bool = False
+    ) -> Any:
+        headers = {"If-Match": if_match} if if_match else {}
+        params = {"dryRun": "true"} if dry_run else {}
+        return self._ask("POST", path, json=body, headers=headers, params=params)[0]
+
+    def every(self, path: str, **params: Any) -> Iterator[Any]:
+        """All items of a list, page by page."""
+        cursor = None
+        while True:
+            page = self.get(path, cursor=cursor, limit=params.pop("limit", 500), **params)
+            yield from page["items"]
+            cursor = page.get("next")
+            if cursor is None:
+                return
+
+    def _ask(self, method: str, path: str, **how: Any) -> tuple[Any, Any]:
+        import httpx2
+
+        try:
+            answer = self._client.request(method, f"/api/v1{path}", **how)
+        except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise Failed(
+                f"{self._server} does not answer ({error}): is `bellwether serve` running? "
+                "Name it with --server URL or BELLWETHER_SERVER"
+            ) from None
+        if answer.is_success:
+            return (answer.json() if answer.content else None), answer.headers
+        raise _failed(answer)
+
+
+def _failed(answer: Any) -> Failed:
+    try:
+        problem = answer.json()
+        detail = str(problem["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = f"HTTP {answer.status_code} of {answer.url}: is this a Bellwether server?"
+    if answer.status_code == 404:
+        return NotFound(detail)
+    if answer.status_code == 401:
+        return Failed(f"{detail}; set BELLWETHER_TOKEN or --token", DENIED)
+    return Failed(detail, DENIED if answer.status_code == 403 else 1)

@@ -1,0 +1,197 @@
+"""`status`, `explain`, `wait`: what moves, why, and how it ends."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from controller.cli.options import SERVER, Format, Output, Server, Token
+
+if TYPE_CHECKING:
+    from controller.cli.client import Api
+
+ROLLED_BACK, TIMED_OUT, DENIED = 4, 5, 6
+
+
+def register(app: typer.Typer) -> None:
+    app.command("status")(status)
+    app.command("explain")(explain)
+    app.command("wait")(wait)
+
+
+def status(
+    rollout: Annotated[str | None, typer.Argument(help="Id or name; all without it.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again at every change.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    server: Server = SERVER,
+    token: Token = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Show the rollouts, or one of them with its steps and latest decisions."""
+    from controller.cli.client import Api
+
+    api = Api(server, token)
+    last: Any = None
+    while True:
+        found = _one(api, rollout) if rollout else _all(api)
+        if found != last:
+            _show(found, output)
+            last = found
+        if not watch:
+            return
+        time.sleep(interval)
+
+
+def explain(
+    what: Annotated[str, typer.Argument(help="Rollout (id or name) or decision id.")],
+    server: Server = SERVER,
+    token: Token = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Say why: every decision of a rollout, or one decision with its numbers."""
+    from controller.cli import show
+    from controller.cli.client import Api, NotFound
+
+    api = Api(server, token)
+    try:
+        found = api.get(f"/decisions/{what}")
+    except NotFound:
+        found = None
+    if found is not None:
+        _explain_decision(found, output)
+        return
+    about = api.get(f"/rollouts/{what}")
+    decisions = list(api.every(f"/rollouts/{about['id']}/decisions"))
+    if output is Output.JSON:
+        show.as_json({"rollout": about, "decisions": decisions})
+        return
+    print(f"{about['name']} → {about['release']}: {about['state']}\n{about['sentence']}\n")
+    for entry in reversed(decisions):
+        print(f"{entry['at']}  {entry['verdict']:<12} {entry['sentence']}  [{entry['id']}]")
+
+
+def wait(
+    rollout: Annotated[str, typer.Argument(help="Id or name; it need not exist yet.")],
+    release: Annotated[str | None, typer.Option(help="Only a rollout of this release.")] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds.")] = 3600.0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 0.5,
+    server: Server = SERVER,
+    token: Token = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Wait for the end of a rollout: 0 completed, 4 rolled back, 5 timed out, 6 held or denied."""
+    from controller.cli import show
+    from controller.cli.client import Api, NotFound
+
+    api, deadline = Api(server, token), time.monotonic() + timeout
+    ends = {"Completed": 0, "RolledBack": ROLLED_BACK, "Held": DENIED, "Superseded": 1}
+    found: dict[str, Any] | None = None
+    while True:
+        try:
+            found = api.get(f"/rollouts/{rollout}")
+        except NotFound:
+            found = None
+        if found is not None and release in (None, found["release"]) and found["state"] in ends:
+            break
+        if time.monotonic() >= deadline:
+            typer.echo(f"bellwether: {_not_yet(rollout, found, timeout)}", err=True)
+            raise typer.Exit(TIMED_OUT)
+        time.sleep(interval)
+    if output is Output.JSON:
+        show.as_json(found)
+    else:
+        print(f"{found['name']} → {found['release']}: {found['state']}: {found['sentence']}")
+    raise typer.Exit(ends[found["state"]])
+
+
+def _not_yet(rollout: str, found: dict[str, Any] | None, timeout: float) -> str:
+    if found is None:
+        return f"no rollout {rollout} after {timeout:.0f} s"
+    return f"{rollout} is {found['state']} after {timeout:.0f} s: {found['sentence']}"
+
+
+def _all(api: Api) -> dict[str, Any]:
+    fleets = api.get("/fleets")
+    rollouts = list(api.every("/rollouts"))
+    return {"rollouts": rollouts, "git": fleets["git"], "stops": fleets["stops"]}
+
+
+def _one(api: Api, rollout: str) -> dict[str, Any]:
+    about = api.get(f"/rollouts/{rollout}")
+    decisions = api.get(f"/rollouts/{about['id']}/decisions", limit=10)["items"]
+    return {"rollout": about, "decisions": decisions}
+
+
+def _show(found: dict[str, Any], output: Output) -> None:
+    from controller.cli import show
+
+    if output is Output.JSON:
+        show.as_json(found)
+    elif "rollout" in found:
+        _show_one(found)
+    else:
+        _show_all(found)
+
+
+def _show_all(found: dict[str, Any]) -> None:
+    from controller.cli import show
+
+    git = found["git"]
+    for stop in found["stops"]:
+        print(f"STOPPED {stop['scope']} {stop['value']}: {stop['reason']} ({stop['actor']})")
+    print(f"Git: {git['accepted'] or 'no commit accepted yet'} {git['author']}".rstrip())
+    if git["refused"]:
+        print(f"Git: {git['refused']}")
+    for problem in git["problems"]:
+        print(f"  {problem.get('severity', 'error')}: {problem.get('text', problem)}")
+    for name, sentence in git["notices"].items():
+        print(f"  {name}: {sentence}")
+    show.table(
+        ("ROLLOUT", "FLEET", "RELEASE", "STATE", "STEP", "DEVICES", "SENTENCE"),
+        [
+            (
+                r["name"],
+                r["fleet"],
+                r["release"],
+                r["state"],
+                f"{r['step'] + 1}/{len(r['steps']) or '?'}",
+                _counts(r["members"]["devices"]),
+                r["sentence"],
+            )
+            for r in found["rollouts"]
+        ],
+    )
+
+
+def _show_one(found: dict[str, Any]) -> None:
+    about = found["rollout"]
+    print(f"{about['name']} → {about['release']}: {about['state']} (revision {about['revision']})")
+    print(about["sentence"])
+    print(f"fleet {about['fleet']} · commit {about['commit'][:12]} by {about['author']}")
+    for step, counts in sorted(about["members"]["steps"].items(), key=lambda item: int(item[0])):
+        print(f"  step {int(step) + 1}: {_counts(counts)}")
+    for hold in about["holds"]:
+        ended = f", lifted by {hold['liftedBy']}" if hold["liftedAt"] else ""
+        where = hold["commit"][:12] if hold["commit"] else "not yet in Git"
+        print(f"  hold {hold['id']}: {hold['reason']} ({hold['actor']}, {where}{ended})")
+    for entry in found["decisions"]:
+        print(f"  {entry['at']}  {entry['verdict']:<12} {entry['sentence']}")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "none yet"
+
+
+def _explain_decision(found: dict[str, Any], output: Output) -> None:
+    import json
+
+    from controller.cli import show
+
+    if output is Output.JSON:
+        show.as_json(found)
+        return
+    print(f"{found['at']}  {found['kind']}: {found['verdict']}\n{found['sentence']}")
+    print(f"commit {found['commit']} · watermark {found['watermark']} · term {found['term']}")
+    print(json.dumps(found["numbers"], indent=2, ensure_ascii=False))

@@ -1,0 +1,163 @@
+"""`rollback`, `stop`, `hold`, `lift`, `pause`, `resume`, `promote`: what people want of a rollout.
+
+Over the API with the revision that was seen; with `--state-dir` the same command is written into
+the database itself, for the hour in which the API is down.
+"""
+
+from __future__ import annotations
+
+import getpass
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from controller.cli.errors import Failed
+from controller.cli.options import (
+    SERVER,
+    Database,
+    Format,
+    Output,
+    Server,
+    StateDir,
+    Token,
+)
+
+_HELP = {
+    "rollback": "Take devices back to what each ran before, and reject the digest.",
+    "hold": "Reject the digest of a rollout; devices stay as they are.",
+    "pause": "Stop widening until `resume`.",
+    "lift": "End the hold of a rollout's digest: it may be tried again.",
+    "resume": "Go on with a paused or inconclusive rollout.",
+    "promote": "Pass the pause or the soak of the current step.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    for kind, text in _HELP.items():
+        app.command(kind, help=text)(_command(kind))
+    app.command("stop")(stop)
+
+
+def _command(kind: str) -> Callable[..., None]:
+    def command(
+        rollout: Annotated[str, typer.Argument(help="Id or name (its newest).")],
+        reason: Annotated[str, typer.Option(help="Why: stands in the audit and in Git.")] = "",
+        incident: Annotated[str | None, typer.Option(help="As in INC-1.")] = None,
+        to: Annotated[
+            str | None, typer.Option(help="rollback: previous, or the name of a release.")
+        ] = None,
+        hold: Annotated[str | None, typer.Option(help="lift: the id of one hold.")] = None,
+        if_revision: Annotated[
+            int | None, typer.Option(help="Refuse when the rollout has moved on since.")
+        ] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Say what it would reach; change nothing.")
+        ] = False,
+        server: Server = SERVER,
+        token: Token = None,
+        state_dir: StateDir = None,
+        database: Database = None,
+        output: Format = Output.TABLE,
+    ) -> None:
+        body = {"reason": reason, "incident": incident, "to": to, "hold": hold}
+        given = {name: value for name, value in body.items() if value}
+        if state_dir is not None:
+            done = _direct(kind, rollout, given, if_revision, dry_run, state_dir, database)
+        else:
+            done = _remote(kind, rollout, given, if_revision, dry_run, server, token)
+        _show(done, output)
+
+    command.__name__ = kind
+    return command
+
+
+def stop(
+    reason: Annotated[str, typer.Option(help="Why: stands in the audit.")],
+    scope: Annotated[str, typer.Option(help="all, product, hardware or digest.")] = "all",
+    value: Annotated[str, typer.Option(help="Which product, hardware or digest.")] = "",
+    end: Annotated[bool, typer.Option("--end", help="End this stop.")] = False,
+    server: Server = SERVER,
+    token: Token = None,
+    state_dir: StateDir = None,
+    database: Database = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Stop everything in scope: no new activation anywhere. Needs no preview, no Git, no broker."""
+    body: dict[str, Any] = {"scope": scope, "value": value, **({"lift": True} if end else {})}
+    if state_dir is not None:
+        given = {**body, "reason": reason}
+        _show(_direct("stop", None, given, None, False, state_dir, database), output)
+        return
+    from controller.cli.client import Api
+
+    _show(Api(server, token).post("/stop", {**body, "reason": reason}), output)
+
+
+def _remote(
+    kind: str,
+    rollout: str,
+    body: dict[str, Any],
+    if_revision: int | None,
+    dry_run: bool,
+    server: str,
+    token: str | None,
+) -> dict[str, Any]:
+    from controller.cli.client import Api
+
+    api = Api(server, token)
+    found, seen = api.get_with_revision(f"/rollouts/{rollout}")
+    wanted = seen if if_revision is None else f'"{if_revision}"'
+    done = api.post(f"/rollouts/{found['id']}:{kind}", body, if_match=wanted, dry_run=dry_run)
+    return dict(done)
+
+
+def _direct(
+    kind: str,
+    rollout: str | None,
+    body: dict[str, Any],
+    if_revision: int | None,
+    dry_run: bool,
+    state_dir: Any,
+    database: str | None,
+) -> dict[str, Any]:
+    from controller import commands, wake
+    from controller.cli.direct import open_engine
+
+    engine = open_engine(state_dir, database)
+    rest = {k: v for k, v in body.items() if k not in ("reason", "incident")}
+    try:
+        if dry_run and rollout is not None:
+            return commands.preview(engine, kind=kind, rollout=rollout)
+        recorded = commands.record(
+            engine,
+            kind=kind,
+            rollout=rollout,
+            body=rest,
+            actor=f"{getpass.getuser()} (cli)",
+            reason=body.get("reason", ""),
+            incident=body.get("incident"),
+            if_revision=if_revision,
+            now=time.time(),
+        )
+    except commands.Refused as error:
+        raise Failed(error.message) from None
+    finally:
+        engine.dispose()
+    wake.poke(state_dir)
+    return {
+        "id": recorded.id,
+        "revision": recorded.revision,
+        "state": "recorded",
+        "sentence": recorded.sentence,
+    }
+
+
+def _show(done: dict[str, Any], output: Output) -> None:
+    from controller.cli import show
+
+    if output is Output.JSON:
+        show.as_json(done)
+    else:
+        print(done["sentence"])
