@@ -1,8 +1,8 @@
 """The device's MQTT 5 session, over paho in its own thread.
 
 The session outlives connections (clean_start False, a week's expiry), so orders of QoS 1 wait at
-the broker. The will tells of our loss. Reconnects are spread: exponential with jitter per device, so
-that a fleet does not come back as one wave. What the core publishes while the link is down is
+the broker. The will tells of our loss. Reconnects are spread: exponential with jitter per device,
+so that a fleet does not come back as one wave. What the core publishes while the link is down is
 dropped here: the outbox holds it.
 """
 
