@@ -395,3 +395,37 @@ def test_damaged_cases_are_refused(damage: dict[str, object]) -> None:
     data = Case(policy=DRIVING, step=SOAKED).to_json() | damage
     with pytest.raises(ValueError, match="case"):
         Case.from_json(data)
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.0, Verdict.WIDEN), (30.0, Verdict.ROLL_BACK)])
+def test_a_level_is_compared_with_control_and_its_own_past(shift: float, verdict: Verdict) -> None:
+    gate = Gate(metric="cabin_cpu", type=GateType.MEAN, margin=Margin(ratio=1.2))
+    policy = Policy(name="cpu", gates=(gate,))
+    chance = np.random.default_rng(4)
+    ledger = Ledger(policy, tick=60)
+    names = [f"car-{i:03d}" for i in range(72)]
+    own = {name: float(chance.normal(50, 6)) for name in names}
+
+    def hour(name: str, at: float, seq: int, extra: float) -> HealthRow:
+        now = extra > -1 and name < "car-012"
+        return row(
+            name,
+            at,
+            seq=seq,
+            attempt="a1" if now else None,
+            digest="new" if now else "old",
+            level=own[name] + float(chance.normal(0, 2)) + max(0.0, extra),
+        )
+
+    ledger.add([hour(name, 400 + 60 * k, k, -2) for name in names for k in range(5)])
+    for name in names:
+        ledger.enrol(exposed(name) if name < "car-012" else control(name))
+    ledger.add(
+        [
+            hour(name, 1060 + 60 * k, 10 + k, shift if name < "car-012" else 0.0)
+            for name in names
+            for k in range(5)
+        ]
+    )
+    case = Case(policy=policy, step=SOAKED, outcomes=(clean(),), observations=ledger.snapshot())
+    assert judge(case).verdict is verdict
