@@ -86,6 +86,7 @@ class Loop:
         self._issuer = issuer
         self._outbox = Outbox(ports.engine, ports.broker)
         self._loaded = False
+        self._made = 0
 
     def tick(self, now: float) -> int:
         """One turn; answers how many actions it took."""
@@ -333,7 +334,7 @@ class Loop:
         return set()
 
     def _open(self, conn: Connection, action: Open, now: float) -> set[str]:
-        rollout = replace(action.rollout, id=ulid.new(now, self._ports.entropy(10)))
+        rollout = replace(action.rollout, id=self._id(now))
         rollout = replace(rollout, flags={**rollout.flags, "watermark": self._evidence.watermark})
         store.insert_rollout(conn, rollout)
         self._rollouts[rollout.id] = rollout
@@ -373,10 +374,15 @@ class Loop:
             self._evidence.member(action.rollout, before, member)
         return {m.device for m in action.members if m.arm in _ACTING}
 
+    def _id(self, now: float) -> str:
+        """A ULID; those of one millisecond sort in the order in which they were made."""
+        self._made = (self._made + 1) % (1 << 32)
+        return ulid.new(now, self._made.to_bytes(4) + self._ports.entropy(6))
+
     def _record(self, conn: Connection, decision: Decision, now: float) -> None:
         rollout = self._rollouts[decision.rollout]
         pinned = self._pinned[decision.rollout]
-        name = ulid.new(now, self._ports.entropy(10))
+        name = self._id(now)
         store.insert_decision(
             conn,
             {

@@ -21,6 +21,8 @@ from telemetry.evidence.observations import Observations
 if TYPE_CHECKING:
     from controller.rollout.step import Standing
 
+CLEAN_DEVICES = 4.0  # ÷ n: the share that n devices without failure refute at β = 0.10
+
 __all__ = ["Case", "build"]
 
 
@@ -43,7 +45,7 @@ def build(
             min_reporting=strategy.min_reporting,
             reporting=seen.reporting,
             updated=seen.updated,
-            margins=dict(step.margins),
+            margins=_margins(wave, rollout, members),
         ),
         observations=world.observations.get(rollout.id, Observations()),
         outcomes=_outcomes(world, rollout, members),
@@ -54,6 +56,19 @@ def build(
         release=rollout.release,
         commit=rollout.commit[:7],
     )
+
+
+def _margins(wave: Wave, rollout: Rollout, members: list[Member]) -> dict[str, float]:
+    """The step's own margins. A fix's first wave is as large as the fault was: few devices prove
+    less, and expose fewer, so that the share to refute is what so many clean devices can refute.
+    """
+    margins = dict(wave.step.margins)
+    if wave.fixes:
+        size = sum(m.step == rollout.step and m.arm is Arm.EXPOSED for m in members)
+        for name in ("failed", "lost"):
+            provable = min(0.9, CLEAN_DEVICES / max(size, 1))
+            margins[name] = max(margins.get(name, 0.0), provable)
+    return margins
 
 
 def _outcomes(world: World, rollout: Rollout, members: list[Member]) -> tuple[Outcome, ...]:

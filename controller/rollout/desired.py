@@ -285,8 +285,9 @@ def _by_requirements(
     place: Place, chosen: dict[str, Told], catalog: Catalog, now: float
 ) -> tuple[dict[str, Told], bool, list[str]]:
     """Roll back what requires the set that is going back; say so where that cannot be."""
-    back, sentences = False, []
-    for component, told in sorted(chosen.items()):
+    back = False
+    sentences: list[str] = []
+    for component, told in sorted(chosen.items()):  # a copy: `chosen` changes below
         release = catalog.owner(component, told.digest, told.release)
         if release is None:
             continue
@@ -296,21 +297,30 @@ def _by_requirements(
         ok, why = satisfied(release, versions)
         if ok:
             continue
+        running = place.running.get(component)
+        if running is None or running.digest != told.digest:
+            _leave(chosen, component, running, now)  # it does not run yet: it waits for its needs
+            continue
         own = _own_previous(place, component)
         older = catalog.owner(component, own.digest, own.release) if own else None
         if own and older and satisfied(older, versions)[0]:
             chosen[component] = replace(own, at=now)
             back = True
             continue
-        running = place.running.get(component)
         sentences.append(f"cannot roll back: {why}")
         for need in release.requires:  # leave the pair as it runs, until the fix-forward
-            held = place.running.get(need.component)
-            if held is not None and running is not None and running.digest == told.digest:
-                chosen[need.component] = Told(
-                    release=held.release, digest=held.digest, at=now, rollout=None
-                )
+            _leave(chosen, need.component, place.running.get(need.component), now)
     return chosen, back, sentences
+
+
+def _leave(
+    chosen: dict[str, Told], component: str, running: ComponentReport | None, now: float
+) -> None:
+    """This component stays what it is."""
+    if running is None:
+        chosen.pop(component, None)
+        return
+    chosen[component] = Told(release=running.release, digest=running.digest, at=now, rollout=None)
 
 
 def _own_previous(place: Place, component: str) -> Told | None:

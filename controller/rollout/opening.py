@@ -3,9 +3,9 @@
 Pure. Rules, in order, for each Rollout manifest of the accepted head:
 
 1. A broken or suspended one opens nothing; the last good state stays in force.
-2. The digest that its newest rollout already has changes nothing, whatever its name or notes say;
+2. A digest that a hold in force rejects (release or artifact) opens nothing, and says so.
+3. The digest that its newest rollout already has changes nothing, whatever its name or notes say;
    after a hold of that digest was lifted it opens again, at step 0.
-3. A digest in force of a hold (the release's or any artifact's) opens nothing, and says so.
 4. A running rollout is superseded, waited for, or wins, by `onNewRelease`.
 5. `fixes: X` gets a first wave among the devices that ran X.
 6. A digest that a device itself has run in health, and that no hold ever named, goes back to it at
@@ -49,8 +49,6 @@ def _one(world: World, head: Head, wanted: kinds.Rollout, now: float) -> Iterato
     if release is None or fleet is None or policy is None:
         return  # admission has shown why
     last = newest(world, wanted.name)
-    if last is not None and not _may_open(world, last, release):
-        return
     artifacts = {c: artifact.digest for c, artifact in release.components.items()}
     hold = rejecting(world, fleet.name, release.digest, artifacts)
     if hold is not None:
@@ -59,6 +57,8 @@ def _one(world: World, head: Head, wanted: kinds.Rollout, now: float) -> Iterato
             sentence=f"{wanted.release} is rejected by hold {hold.id} ({hold.reason}): "
             "name another release, or lift the hold",
         )
+        return
+    if last is not None and not _may_open(world, last, release):
         return
     if wanted.suspend:
         yield Notice(name=wanted.name, sentence=f"{wanted.release} waits: the rollout is suspended")

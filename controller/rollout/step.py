@@ -57,6 +57,7 @@ class Standing:
     offline: int  # told or drawn, but not reachable
     untold: int  # drawn and reachable, held back by our limits
     reporting: int  # updated and heard lately
+    why: str = ""  # the most frequent reason of the untold
 
     @property
     def decided(self) -> int:
@@ -73,7 +74,7 @@ class Standing:
             (self.silent, "silent"),
             (self.waiting, "in progress"),
             (self.deferred, "deferred by the device"),
-            (self.untold, "not told yet"),
+            (self.untold, f"not told yet ({self.why})" if self.why else "not told yet"),
             (self.offline, "offline"),
         ):
             if n:
@@ -117,11 +118,14 @@ def standing(world: World, rollout: Rollout, now: float) -> Standing:
     """Count the current step's members (the returning ones belong to no step)."""
     limit = patience(world, rollout)
     counted: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for member in world.members.get(rollout.id, {}).values():
         if member.step != rollout.step or member.arm is not Arm.EXPOSED:
             continue
         near = reachable(world, member.device, limit, now)
         counted[_standing(member, near)] += 1
+        if near and member.state is MemberState.DRAWN and member.reason:
+            reasons[member.reason] += 1
         counted["told"] += member.state not in (MemberState.DRAWN, MemberState.LEFT)
         counted["reporting"] += member.state is MemberState.UPDATED and near
     return Standing(
@@ -134,12 +138,13 @@ def standing(world: World, rollout: Rollout, now: float) -> Standing:
         offline=counted["offline"],
         untold=counted["untold"],
         reporting=counted["reporting"],
+        why=min(reasons, key=lambda reason: (-reasons[reason], reason), default=""),
     )
 
 
 def _standing(member: Member, near: bool) -> str:
     if member.state is MemberState.DRAWN:
-        return "untold" if near and not member.reason else "offline" if not near else "deferred"
+        return "untold" if near else "offline"
     if member.state is MemberState.TOLD:
         if not near:
             return "offline"

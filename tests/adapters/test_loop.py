@@ -1,0 +1,537 @@
+"""The loop on a real control database: commits, decisions, orders, with devices as plain data.
+
+Devices here are rows of a reader: they obey the last order that was published to them when they are
+told to `work`. Time is a number that the test moves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine, insert, select
+
+from controller import commands
+from controller.keys import DirectorKey
+from controller.loop import Loop, Ports
+from controller.manifests.admission import admit
+from controller.manifests.reader import read
+from controller.orders import Issuer
+from controller.rollout.world import Head
+from controller.store import rollouts as store
+from controller.store.database import open_control
+from controller.store.tables import decisions, devices, holds, rollouts
+from device_agent.protocol import ComponentReport, HistoryEntry, State, open_envelope, parse_topic
+from telemetry.report import DeviceRow, HealthRow, Totals
+from telemetry.store.database import reading, writing
+
+VERSIONS = ("1", "2", "3", "3.1", "b1", "b2")
+DIGESTS = {v: "sha256:" + format(i, "064x") for i, v in enumerate(VERSIONS)}
+
+
+class World:
+    """Git head, broker and telemetry as the loop sees them."""
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+        self.rows: dict[str, DeviceRow] = {}
+        self.health: list[HealthRow] = []
+        self.batch = 0
+        self.heard = 0.0
+        self.now = 1_000_000.0
+        self.orders: dict[str, list] = defaultdict(list)
+        self.broker_up = True
+        self.broken: set[str] = set()  # versions that fail to boot
+
+    # Heads
+    def current(self) -> Head | None:
+        return self.head
+
+    # TelemetryReader
+    def watermark(self) -> int:
+        return self.batch
+
+    def hearing(self) -> tuple[float, float]:
+        return self.heard, self.now
+
+    def devices_changed(self, since: int) -> Sequence[DeviceRow]:
+        return sorted((r for r in self.rows.values() if r.change > since), key=lambda r: r.change)
+
+    def device(self, device: str) -> DeviceRow | None:
+        return self.rows.get(device)
+
+    def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
+        return [row for row in self.health if row.batch > batch]
+
+    def totals(self, *, since: float, until: float) -> Totals:
+        names = sorted(self.rows)
+        hours = np.full(len(names), 100.0)
+        return Totals(devices=names, counters={}, exposure={"device_hour": hours}, levels={})
+
+    # Broker
+    def publish(self, messages, *, qos=1, retain=True, timeout=10.0) -> list[bool]:
+        if not self.broker_up:
+            return [False] * len(messages)
+        for topic, payload in messages:
+            self.orders[parse_topic(topic)[0]].append(open_envelope(payload)[0])
+        return [True] * len(messages)
+
+    # devices
+    def say(self, device: str, **changes) -> None:
+        self.batch += 1
+        self.rows[device] = replace(
+            self.rows[device],
+            change=self.batch,
+            last_contact=self.now,
+            heard_clock=self.heard,
+            reported_at=self.now,
+            **changes,
+        )
+
+    def join(self, device: str, components: dict[str, tuple[str, str]]) -> None:
+        self.rows[device] = DeviceRow(
+            device=device, change=0, last_contact=self.now, heard_clock=self.heard, online=True,
+            sleeping_until=None, boot="b", boot_count=1, reported_at=self.now, state=State.IDLE,
+        )  # fmt: skip
+        self.say(device, components=_reports(components))
+
+    def work(self, *names: str) -> None:
+        """Each device (or those named) obeys its newest order at once."""
+        for device in names or list(self.rows):
+            if not self.orders[device]:
+                self.say(device)
+                continue
+            order, row = self.orders[device][-1], self.rows[device]
+            if row.generation == order.generation:
+                self.say(device)
+                continue
+            wanted = {c: (o.release, o.digest) for c, o in order.components.items()}
+            numbers = {
+                "term": order.term, "generation": order.generation, "attempt": order.attempt,
+            }  # fmt: skip
+            changed = [c for c, (_, d) in wanted.items() if _runs(row, c) != d]
+            if any(wanted[c][1] in self.broken for c in changed):
+                self.say(device, state=State.ROLLED_BACK, reason="boot_failed", **numbers)
+                continue
+            history = row.history + tuple(
+                HistoryEntry(component=c, release=r, digest=d, at=self.now, event="activated")
+                for c, (r, d) in wanted.items()
+                if c in changed
+            )
+            components = {**row.components, **_reports(wanted)}
+            self.say(
+                device, state=State.COMMITTED, reason=None, components=components,
+                history=history, **numbers,
+            )  # fmt: skip
+
+
+def _reports(components: dict[str, tuple[str, str]]) -> dict[str, ComponentReport]:
+    return {
+        c: ComponentReport(release=release, digest=digest, committed=True)
+        for c, (release, digest) in components.items()
+    }
+
+
+def _runs(row: DeviceRow, component: str) -> str | None:
+    report = row.components.get(component)
+    return report.digest if report else None
+
+
+class Story:
+    def __init__(self, directory: Path) -> None:
+        self.world = World()
+        self.engine: Engine = open_control(f"sqlite:///{directory / 'control.db'}")
+        self.key = DirectorKey.load_or_create(directory / "key.pem")
+        self.commits = 0
+        self.registry = 0
+        self.start()
+
+    def start(self) -> None:
+        with writing(self.engine) as conn:
+            term = store.take_over(conn, 1)
+        issuer = Issuer(
+            key=self.key, term=term, base_url="http://localhost:1", lease=timedelta(hours=1)
+        )
+        ports = Ports(engine=self.engine, reader=self.world, heads=self.world, broker=self.world)
+        self.loop = Loop(ports, issuer)
+
+    def enrol(
+        self, *names: str, fleet: str = "cars", status: str = "active", **labels: str
+    ) -> None:
+        with writing(self.engine) as conn:
+            for name in names:
+                self.registry += 1
+                conn.execute(devices.delete().where(devices.c.id == name))
+                conn.execute(
+                    insert(devices).values(
+                        id=name, fleet=fleet, labels=labels, status=status, created_at=0.0,
+                        change=self.registry,
+                    )
+                )  # fmt: skip
+
+    def commit(self, *documents: str) -> None:
+        self.commits += 1
+        reading_ = read({"fleet.yaml": "---\n".join(documents)})
+        problems = [*reading_.problems, *admit(reading_)]
+        errors = [str(p) for p in problems if p.severity == "error"]
+        assert not errors, errors
+        self.world.head = Head(
+            commit=f"{self.commits:040x}", author="ann", manifests=reading_.manifests
+        )
+
+    def run(self, seconds: float = 1.0, step: float = 1.0, work: bool = True) -> None:
+        end = self.world.now + seconds
+        while self.world.now < end:
+            self.world.now += step
+            self.world.heard += step
+            self.loop.tick(self.world.now)
+            if work:
+                self.world.work()
+            self.loop.tick(self.world.now)
+
+    def rollout(self, name: str = "cars"):
+        with reading(self.engine) as conn:
+            return conn.execute(
+                select(rollouts).where(rollouts.c.name == name).order_by(rollouts.c.id.desc())
+            ).first()
+
+    def versions(self, component: str = "app") -> dict[str, int]:
+        counted: dict[str, int] = defaultdict(int)
+        names = {digest: version for version, digest in DIGESTS.items()}
+        for row in self.world.rows.values():
+            counted[names[row.components[component].digest]] += 1
+        return dict(counted)
+
+    def command(self, kind: str, name: str = "cars", **more) -> None:
+        commands.record(
+            self.engine, kind=kind, rollout=name, body=more.pop("body", {}), actor="eve",
+            reason="because", incident=None, if_revision=more.get("if_revision"),
+            now=self.world.now,
+        )  # fmt: skip
+
+
+def fleet(component: str = "app", baseline: str = "app-1") -> str:
+    return _document(
+        "Fleet",
+        "cars",
+        {
+            "selector": {"matchLabels": {"model": "m3"}},
+            "healthPolicy": "driving",
+            "baseline": {component: baseline},
+            "cohorts": [
+                {"name": "canary", "select": {"matchLabels": {"ring": "canary"}}},
+                {"name": "general", "rest": "true"},
+            ],
+        },
+    )
+
+
+def policy() -> str:
+    return _document(
+        "HealthPolicy", "driving", {"gates": [{"metric": "update_ok", "type": "proportion"}]}
+    )
+
+
+def release(version: str, component: str = "app", artifact: str | None = None, **more) -> str:
+    digest = DIGESTS[artifact or version]
+    return _document(
+        "Release",
+        more.pop("name", f"{component}-{version}"),
+        {
+            "version": version.removeprefix("b"),
+            "artifacts": [{"component": component, "digest": digest, "size": "10"}],
+            **more,
+        },
+    )
+
+
+def rollout(name: str, to: str, steps: list | None = None, **more) -> str:
+    strategy = {
+        "steps": steps
+        or [
+            {"cohort": "canary", "soak": "3s", "maxSoak": "20s", "margins": MARGINS},
+            {"cohort": "general", "soak": "3s", "maxSoak": "20s", "margins": MARGINS},
+        ],
+        "silentAfter": "30s",
+        "maxFailed": "1%",
+        **more.pop("strategy", {}),
+    }
+    return _document(
+        "Rollout", name, {"fleet": "cars", "release": to, "strategy": strategy, **more}
+    )
+
+
+MARGINS = {"failed": "30%", "lost": "30%"}
+
+
+def _document(kind: str, name: str, spec: dict) -> str:
+    head = {"apiVersion": "bellwether.dev/v1", "kind": kind, "metadata": {"name": name}}
+    # JSON is YAML: flow maps and quoted strings.
+    return json.dumps({**head, "spec": spec}) + "\n"
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    made = Story(tmp_path)
+    canaries = [f"car-{i:02}" for i in range(12)]
+    others = [f"car-{i:02}" for i in range(12, 40)]
+    made.enrol(*canaries, model="m3", ring="canary")
+    made.enrol(*others, model="m3")
+    for name in canaries + others:
+        made.world.join(name, {"app": ("app-1", DIGESTS["1"])})
+    return made
+
+
+def base() -> list[str]:
+    return [fleet(), policy(), *(release(v) for v in ("1", "2", "3", "3.1"))]
+
+
+def test_a_commit_moves_the_canary_then_the_fleet(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(2)
+    assert story.versions() == {"1": 28, "2": 12}
+    assert story.rollout().state in ("Soaking", "Progressing")
+    story.run(20)
+    assert story.versions() == {"2": 40}
+    assert story.rollout().state == "Completed"
+    assert "COMPLETED — app-2 on 40 of 40 devices" in story.rollout().sentence
+
+
+def test_a_release_that_does_not_boot_is_rolled_back_in_the_canary(story: Story) -> None:
+    story.world.broken.add(DIGESTS["2"])
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(8)
+    assert story.versions() == {"1": 40}
+    last = story.rollout()
+    assert last.state == "RolledBack"
+    assert last.sentence.startswith("ROLLED BACK — ")
+    with reading(story.engine) as conn:
+        hold = conn.execute(select(holds)).one()
+    assert (hold.digest, hold.to, hold.actor) == (last.digest, "previous", "policy driving")
+
+
+def test_rollback_by_a_person_sends_each_device_to_its_own_previous(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(30)
+    story.commit(*base(), rollout("cars", "app-3"))
+    story.run(3)
+    assert story.versions() == {"2": 28, "3": 12}
+    story.command("rollback")
+    story.run(3)
+    assert story.versions() == {"2": 40}
+    assert story.rollout().state == "RolledBack"
+    assert {o[-1].kind for d, o in story.world.orders.items() if d < "car-12"} == {"rollback"}
+
+
+def test_a_held_digest_moves_nothing_whatever_its_name(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(3)
+    story.command("rollback")
+    story.run(5)
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(5)
+    renamed = release("9", artifact="2", name="app-9")
+    story.commit(*base(), renamed, rollout("cars", "app-9"))
+    story.run(5)
+    assert story.versions() == {"1": 40}
+    with reading(story.engine) as conn:
+        notice = store.get_meta(conn, "notices")["cars"]
+    assert "app-9 is rejected by hold" in notice
+    story.commit(*base(), release("3", name="app-fix", fixes="app-2"), rollout("cars", "app-fix"))
+    story.run(40)
+    assert story.versions() == {"3": 40}
+
+
+def test_a_lifted_digest_starts_again_at_step_one(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(3)
+    story.command("rollback")
+    story.run(5)
+    story.command("lift")
+    story.run(3)
+    assert story.versions() == {"1": 28, "2": 12}
+    story.run(30)
+    assert story.versions() == {"2": 40}
+
+
+def test_hold_leaves_devices_as_they_are(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(2)
+    story.command("hold")
+    story.run(30)
+    assert story.versions() == {"1": 28, "2": 12}
+    assert story.rollout().state == "Held"
+
+
+def test_pause_tells_nobody_else_and_resume_goes_on(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(2)
+    story.command("pause")
+    story.run(30)
+    assert story.versions() == {"1": 28, "2": 12}
+    assert story.rollout().state == "Paused"
+    story.command("resume")
+    story.run(30)
+    assert story.versions() == {"2": 40}
+
+
+def test_an_offline_device_blocks_nobody_and_gets_it_at_its_next_contact(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    gone = [d for d in story.world.rows if d != "car-05"]
+    for _ in range(200):
+        story.world.now += 1
+        story.world.heard += 1
+        story.loop.tick(story.world.now)
+        story.world.work(*gone)
+    assert story.rollout().state == "Completed"
+    assert "1 not reached yet" in story.rollout().sentence
+    assert story.versions() == {"1": 1, "2": 39}
+    story.run(3)
+    assert story.versions() == {"2": 40}
+
+
+def test_a_stale_revision_is_refused(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(2)
+    with pytest.raises(commands.Refused) as refused:
+        story.command("rollback", if_revision=0)
+    assert refused.value.code == 412
+    assert story.rollout().state != "RollingBack"
+
+
+def test_git_revert_goes_at_rollback_pace(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(30)
+    story.commit(*base(), rollout("cars", "app-3"))
+    story.run(30)
+    assert story.versions() == {"3": 40}
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(3)
+    assert story.versions() == {"2": 40}
+
+
+def test_a_new_release_supersedes_and_leaves_devices_what_they_have(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(2)
+    story.commit(*base(), rollout("cars", "app-3", steps=[
+        {"cohort": "canary", "percent": "50%", "soak": "60s", "margins": MARGINS},
+        {"cohort": "canary", "soak": "60s", "margins": MARGINS},
+        {"cohort": "general", "margins": MARGINS},
+    ]))  # fmt: skip
+    story.run(5)
+    assert story.versions() == {"1": 28, "2": 6, "3": 6}
+
+
+def test_a_newcomer_gets_the_proven_set_and_no_running_step(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(30)
+    story.commit(*base(), rollout("cars", "app-3"))
+    story.run(2)
+    for name, version in (("car-90", "1"), ("car-91", "3")):
+        story.enrol(name, model="m3")
+        story.world.join(name, {"app": (f"app-{version}", DIGESTS[version])})
+    story.enrol("car-92", model="m3")
+    story.world.join("car-92", {"app": ("mystery", "sha256:" + "f" * 64)})
+    story.loop.tick(story.world.now)
+    story.world.work()
+    assert story.world.rows["car-90"].components["app"].digest == DIGESTS["2"]
+    assert story.world.rows["car-91"].components["app"].digest == DIGESTS["2"]
+    assert story.world.rows["car-92"].components["app"].digest == "sha256:" + "f" * 64
+
+
+def test_a_device_that_is_moved_or_retired_leaves_the_step(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(1, work=False)
+    story.enrol("car-00", model="m3", ring="canary", status="retired")
+    story.enrol("car-01", model="m3", ring="canary", fleet="elsewhere")
+    story.run(2)
+    assert story.world.rows["car-00"].components["app"].digest == DIGESTS["2"]  # had its order
+    story.run(30)
+    assert story.rollout().state == "Completed"
+    assert "38 of 38" in story.rollout().sentence
+
+
+def test_a_restart_between_any_two_ticks_changes_nothing(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    for _ in range(30):
+        story.run(1)
+        story.start()
+    assert story.versions() == {"2": 40}
+    assert story.rollout().state == "Completed"
+
+
+def test_an_older_controller_is_fenced(story: Story) -> None:
+    old = story.loop
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.start()
+    with pytest.raises(store.Fenced):
+        old.tick(story.world.now)
+    story.run(30)
+    assert story.versions() == {"2": 40}
+
+
+def test_orders_wait_for_the_broker(story: Story) -> None:
+    story.world.broker_up = False
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(5)
+    assert not any(story.world.orders.values())
+    story.world.broker_up = True
+    story.run(30)
+    assert story.versions() == {"2": 40}
+
+
+def test_an_empty_cohort_stops_the_rollout(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    story.enrol("car-1", model="m3")
+    story.world.join("car-1", {"app": ("app-1", DIGESTS["1"])})
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(10)
+    assert story.rollout().state == "NoMembers"
+    assert "cohort canary is empty" in story.rollout().sentence
+
+
+def test_every_decision_is_a_row_with_its_sentence(story: Story) -> None:
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(30)
+    with reading(story.engine) as conn:
+        rows = conn.execute(select(decisions).order_by(decisions.c.id)).all()
+    kinds = [(row.kind, row.verdict) for row in rows]
+    assert kinds[0] == ("open", "opened")
+    assert ("draw", "drawn") in kinds
+    assert ("verdict", "widen") in kinds
+    assert kinds[-1] == ("state", "Completed")
+    assert all(row.sentence for row in rows)
+    assert len(rows) < 30
+
+
+def test_rolling_back_a_component_rolls_back_what_requires_it(tmp_path: Path) -> None:
+    story = Story(tmp_path)
+    names = [f"drone-{i:02}" for i in range(20)]
+    story.enrol(*names[:8], model="m3", ring="canary")
+    story.enrol(*names[8:], model="m3")
+    for name in names:
+        story.world.join(
+            name, {"app": ("app-1", DIGESTS["1"]), "battery": ("battery-b1", DIGESTS["b1"])}
+        )
+    steps = [{"cohort": "canary", "margins": {"failed": "45%", "lost": "45%"}},
+             {"cohort": "general", "margins": {"failed": "45%", "lost": "45%"}}]  # fmt: skip
+    documents = [
+        fleet(), policy(), release("1"), release("b1", component="battery"),
+        release("b2", component="battery"),
+        release("2", requires=[{"component": "battery", "version": ">=2"}]),
+    ]  # fmt: skip
+    needs = rollout("cars", "app-2", steps=steps)
+    story.commit(*documents, rollout("power", "battery-b2", steps=steps), needs)
+    story.run(60)
+    assert story.versions("battery") == {"b2": 20}
+    assert story.versions("app") == {"2": 20}
+    story.command("rollback", "power")
+    story.run(5)
+    assert story.versions("battery") == {"b1": 20}
+    assert story.versions("app") == {"1": 20}
