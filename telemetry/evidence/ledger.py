@@ -157,13 +157,12 @@ class Ledger:
             if enrolment.until is not None:
                 self._censor(enrolment.device, enrolment.until, same)
             return
-        self._begin()
         until = math.inf if enrolment.until is None else enrolment.until
         unit = _Unit(enrolment=replace(enrolment, until=None), until=until)
         index = len(self._units)
         self._units.append(unit)
         self._by_device.setdefault(enrolment.device, []).append(index)
-        self._reach(index, self._tick_of(enrolment.since))
+        self._room(index)
         self._take_past(unit)
         recent = self._recent.get(enrolment.device, deque())
         for row in list(recent):
@@ -210,6 +209,7 @@ class Ledger:
         return at >= wanted.since
 
     def _count(self, index: int, row: HealthRow, sign: int = 1) -> None:
+        self._begin()
         unit = self._units[index]
         unit.now.add(row, self._levels(row), sign)
         tick = self._unit_tick(unit, row)
@@ -220,7 +220,7 @@ class Ledger:
                 at[tick] = at.get(tick, 0) + sign * count
         if sign > 0:
             unit.tail.append(row)
-            self._reach(index, tick)
+            self._reach(tick)
             self._present[index, tick - self._start] = True
 
     def _censor(self, device: str, at: float, only: tuple[str, int, str | None] | None) -> None:
@@ -292,7 +292,10 @@ class Ledger:
                 heapq.heappop(kept)
 
     def _begin(self) -> None:
-        """At the first enrolment the pre-period is over: its limits and the tick are fixed."""
+        """At the first counted message the pre-period is over: its limits and the tick are fixed.
+
+        Not at the first enrolment: after a restart the devices are enrolled before any row is read.
+        """
         if self._shapes is not None:
             return
         engine = self.policy.engine
@@ -302,11 +305,11 @@ class Ledger:
             self._shapes[gate.metric] = _shape(values, engine.winsor, engine.skew_limit)
         if any(shape.logged for shape in self._shapes.values()):
             # What was folded before was not read as logarithms: the past of those levels is void.
-            for days in self._past.values():
-                for amounts in days.values():
-                    for name, shape in self._shapes.items():
-                        if shape.logged:
-                            amounts.levels.pop(name, None)
+            pasts = [amounts for days in self._past.values() for amounts in days.values()]
+            for amounts in [*pasts, *(unit.past for unit in self._units)]:
+                for name, shape in self._shapes.items():
+                    if shape.logged:
+                        amounts.levels.pop(name, None)
         if self.tick is None:
             lengths = [rows[-1].seconds for rows in self._recent.values() if rows]
             usual = float(np.median(lengths)) if lengths else TICK
@@ -325,16 +328,20 @@ class Ledger:
     def _start(self) -> int:
         return self._origin or 0
 
-    def _reach(self, index: int, tick: int) -> None:
-        """Room for this unit and this tick in the table of presence."""
+    def _room(self, index: int) -> None:
+        rows = self._present.shape[0]
+        if index >= rows:
+            self._present = np.pad(self._present, ((0, rows), (0, 0)))
+
+    def _reach(self, tick: int) -> None:
+        """Room for this tick in the table of presence."""
         if self._origin is None:
             self._origin = tick
-        rows, columns = self._present.shape
+        columns = self._present.shape[1]
         before = max(0, self._origin - tick)
         after = max(0, tick - self._origin - columns + 1)
-        more = max(0, index - rows + 1)
-        if before or after or more:
-            grown = (0, rows if more else 0), (before, max(after, columns) if after else 0)
+        if before or after:
+            grown = (0, 0), (before, max(after, columns) if after else 0)
             self._present = np.pad(self._present, grown)
             self._origin -= before
 

@@ -321,7 +321,7 @@ def test_order_of_arrival_is_irrelevant(seed: int) -> None:
     one.add(rows)
     one.censor("c", 1250)
     random.Random(seed).shuffle(rows)
-    other.add(rows[:15])  # fewer than fix winsor limits, which the first enrolment ends
+    other.add(rows[:15])  # fewer than fix winsor limits
     for who in people:
         other.enrol(who)
     other.censor("c", 1250)
@@ -429,3 +429,17 @@ def test_a_level_is_compared_with_control_and_its_own_past(shift: float, verdict
     )
     case = Case(policy=policy, step=SOAKED, outcomes=(clean(),), observations=ledger.snapshot())
     assert judge(case).verdict is verdict
+
+
+def test_enrolling_before_reading_as_after_a_restart_gives_the_same() -> None:
+    people, rows = script()
+    rows.sort(key=lambda each: each.received_at)
+    live, restarted = Ledger(LEVELS), Ledger(LEVELS)
+    live.add([each for each in rows if each.received_at < 1000])
+    for who in people:
+        live.enrol(who)
+        restarted.enrol(who)
+    live.add([each for each in rows if each.received_at >= 1000])
+    restarted.add(rows)
+    assert live.tick == restarted.tick == 150
+    assert flat(live.snapshot().to_json()) == pytest.approx(flat(restarted.snapshot().to_json()))
