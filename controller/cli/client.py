@@ -38,6 +38,12 @@ class Api:
         params = {"dryRun": "true"} if dry_run else {}
         return self._ask("POST", path, json=body, headers=headers, params=params)[0]
 
+    def send(self, path: str, content: bytes, **params: Any) -> Any:
+        """POST bytes as they are."""
+        headers = {"Content-Type": "application/octet-stream"}
+        given = {k: v for k, v in params.items() if v}
+        return self._ask("POST", path, content=content, headers=headers, params=given)[0]
+
     def every(self, path: str, **params: Any) -> Iterator[Any]:
         """All items of a list, page by page."""
         cursor = None
