@@ -64,18 +64,27 @@ class BrokerAdmin:
         self._refusal = ""
 
     def ensure_services(self, secret: bytes) -> None:
-        """Roles, accounts and default rights of the services; for a broker that isn't our child."""
+        """Roles, accounts and default rights of the services, where they are missing.
+
+        What exists is left alone: a changed role cuts the sessions of who has it.
+        """
+        present = set(
+            self._send([{"command": "listClients", "verbose": False, "count": -1}])[0]
+            .get("data", {})
+            .get("clients", [])
+        )
+        missing = broker_roles.SERVICES - {ADMIN} - present
+        if not missing:
+            return
         access = [{"acltype": kind, "allow": on} for kind, on in broker_roles.defaults().items()]
         commands: list[dict[str, Any]] = [{"command": "setDefaultACLAccess", "acls": access}]
         for name, acls in broker_roles.service_acls().items():
-            if name == ADMIN:
-                continue  # that is who we are, whatever the account is called
+            if name not in missing:
+                continue
             password = service_password(secret, name)
             commands += [
                 {"command": "createRole", "rolename": name, "acls": acls},
-                {"command": "modifyRole", "rolename": name, "acls": acls},
                 _create(name, password, None),
-                {"command": "setClientPassword", "username": name, "password": password},
             ]
         self._send(commands)
 
@@ -173,7 +182,7 @@ class BrokerAdmin:
             raise BrokerUnavailable(f"the broker at {self._url} is away: {error}") from error
         client.loop_start()
         self._client = client
-        if not self._ready.wait(self._timeout):
+        if not self._ready.wait(self._timeout) or self._refusal:
             self._drop()
             raise BrokerUnavailable(
                 f"the broker at {self._url} refused {self._username}: "
@@ -193,6 +202,7 @@ class BrokerAdmin:
     ) -> None:
         if code.is_failure:
             self._refusal = str(code)
+            self._ready.set()
             return
         client.subscribe(f"{_TOPIC}/response", qos=1)
 

@@ -101,6 +101,7 @@ class BrokerChild:
                 "mosquitto with its dynamic-security plugin is missing: install the package "
                 "`mosquitto` (2.0 or newer), or name a broker with --broker URL"
             )
+        self.stop()  # started again after it died: its end is taken note of
         self._end_orphan()
         self.port = self._choose_port()
         self._write_rights(devices)

@@ -46,7 +46,7 @@ class Accounts(Protocol):
 
     def list_devices(self) -> set[str]: ...
 
-    def sync(self, devices: Iterable[tuple[str, str]]) -> tuple[int, int]: ...
+    def ensure_services(self, secret: bytes) -> None: ...
 
 
 class DeviceRefused(Exception):
@@ -213,8 +213,23 @@ class Registry:
         return [(row.id, device_password(self._secret, row.id, row.password_issue)) for row in rows]
 
     def sync(self) -> tuple[int, int]:
-        """Make the broker's accounts equal to the registry's; answers (added, removed)."""
-        return self._accounts.sync(self.passwords())
+        """Make the broker's accounts equal to the registry's; answers (added, removed).
+
+        The broker is asked first: an account is made after its row, so one that has no row now
+        was put out, and is not one that is just being made.
+        """
+        with self._lock:
+            self._accounts.ensure_services(self._secret)
+            present = self._accounts.list_devices()
+            wanted = dict(self.passwords())
+            missing = [(name, word) for name, word in wanted.items() if name not in present]
+            surplus = sorted(present - wanted.keys())
+            if missing:
+                self._accounts.add_devices(missing)
+            if surplus:
+                self._accounts.remove_devices(surplus)
+            self._known = set(wanted)
+        return len(missing), len(surplus)
 
     def _admit(self, conn: Connection, wanted: Sequence[NewDevice], now: float) -> set[str]:
         """Write the rows; answers the ids that are new."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 
+import structlog
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from controller.broker_admin import BrokerUnavailable
 from controller.http import page, problems, reads, services, verbs
 from controller.http.devicebook import DeviceBook
 from controller.http.guard import Guard
 from controller.http.ports import Deps
 
 __all__ = ["Deps", "create_app"]
+
+SYNC_EVERY = 30.0  # seconds between two looks whether the broker still knows its devices
+log = structlog.get_logger()
 
 
 def create_app(deps: Deps) -> FastAPI:
@@ -20,6 +30,7 @@ def create_app(deps: Deps) -> FastAPI:
         openapi_url="/api/v1/openapi.json",
         docs_url=None,
         redoc_url=None,
+        lifespan=_lifespan,
     )
     app.state.deps = deps
     app.state.book = DeviceBook(deps.reader, deps.clock)
@@ -29,3 +40,26 @@ def create_app(deps: Deps) -> FastAPI:
         app.include_router(router)
     app.add_middleware(Guard)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    task = asyncio.create_task(_keep_accounts(app.state.deps))
+    yield
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _keep_accounts(deps: Deps) -> None:
+    """A broker that forgot its devices, or came back empty, is filled again from the registry."""
+    while True:
+        try:
+            added, removed = await run_in_threadpool(deps.registry.sync)
+            if added or removed:
+                log.info("broker accounts", added=added, removed=removed)
+        except BrokerUnavailable as error:
+            log.warning("broker accounts", detail=str(error))
+        except Exception:  # the outermost turn: logged, and tried again
+            log.exception("broker accounts")
+        await asyncio.sleep(SYNC_EVERY)

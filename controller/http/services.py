@@ -23,6 +23,7 @@ from sqlalchemy import func, insert, select
 from starlette.concurrency import run_in_threadpool
 
 from controller import audit, wake
+from controller.artifacts import Unfit
 from controller.http.access import Principal, Right, device_or_viewer, needs
 from controller.http.bodies import Id
 from controller.http.ports import Deps, Given
@@ -104,7 +105,10 @@ def _store(
 ) -> dict[str, Any]:
     if not file.stat().st_size:
         raise Problem(422, "the body is empty: send the artifact's bytes")
-    digest, size = deps.content.add(file)
+    try:
+        digest, size = deps.content.add(file)
+    except Unfit as error:
+        raise Problem(422, f"the bundle is unsafe: {error}") from None
     now = deps.clock()
     with writing(deps.engine) as conn:
         known = conn.execute(select(artifacts.c.digest).where(artifacts.c.digest == digest)).first()

@@ -80,7 +80,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerChild]:
         yield child
 
 
-@pytest.fixture()
+@pytest.fixture
 def house(tmp_path: Path, broker: BrokerChild) -> Iterator[House]:
     engine = open_control(f"sqlite:///{tmp_path}/control.db")
     telemetry = open_engine(f"sqlite:///{tmp_path}/telemetry.db")
