@@ -47,6 +47,7 @@ class Link:
         self._longest_wait = longest_wait
         self._stop = threading.Event()
         self._up = False
+        self._served = False  # this connection got as far as its subscriptions
         self._client: Any = mqtt.Client(
             mqtt.CallbackAPIVersion.VERSION2,
             client_id=identity.device,
@@ -99,7 +100,7 @@ class Link:
             self._stop.wait(wait * (0.5 + random.random()))  # noqa: S311 - spreads, hides nothing
 
     def _was_up(self) -> bool:
-        was, self._up = self._up, False
+        was, self._served = self._served, False
         return was
 
     def _on_connect(self, client: Any, _: Any, __: Any, reason: Any, ___: Any) -> None:
@@ -109,13 +110,14 @@ class Link:
             )
 
     def _on_subscribe(self, *_: Any) -> None:
-        self._up = True
+        self._up = self._served = True
         self._deliver(Connected())
 
     def _on_disconnect(self, *_: Any) -> None:
         self._lost()
 
     def _lost(self) -> None:
+        self._up = False
         self._deliver(Disconnected())
 
     def _on_message(self, _: Any, __: Any, message: Any) -> None:

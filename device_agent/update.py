@@ -35,6 +35,7 @@ from device_agent.protocol import (
     State,
 )
 
+MAX_KNOWN_BAD = 64
 SAFETY = frozenset({"landed", "disarmed", "parked"})  # these gate the way back as well
 TERMINAL = frozenset(
     {
@@ -557,7 +558,8 @@ def _go_back(record: Record, update: Update, reason: Reason, log: str, world: Wo
     # A device without a network calls no release bad; neither does a failed way back.
     if reason is not Reason.LINK_LOST and update.order.kind is Kind.INSTALL:
         bad = {item.digest: update.order.generation for item in items(update)}
-        record = replace(record, known_bad=record.known_bad | bad)
+        known_bad = list((record.known_bad | bad).items())[-MAX_KNOWN_BAD:]
+        record = replace(record, known_bad=dict(known_bad))
     record = _set(record, State.ROLLING_BACK, reason=str(reason), log=_tail(log))
     return _switch_back(record, _current(record), world)
 
@@ -626,6 +628,8 @@ def _defer(record: Record, blocked: tuple[str, ...], then: State) -> Record:
     update = _current(record)
     if update.state is State.DEFERRED and update.blocked_by == blocked and update.then is then:
         return record
+    if update.state is State.DEFERRED:  # a vehicle that parks and drives all day is no loop
+        return _change(record, blocked_by=blocked, then=then)
     return _set(record, State.DEFERRED, blocked_by=blocked, then=then)
 
 
