@@ -1,0 +1,226 @@
+"""`simulate`: a fleet of simulated devices that run the real agent, against a running service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from controller.cli.errors import Failed
+from controller.cli.options import SERVER, Server, Token
+
+if TYPE_CHECKING:
+    from device_agent.simulator import Image, Script
+
+
+def register(app: typer.Typer) -> None:
+    app.command("simulate")(simulate)
+
+
+def simulate(
+    directory: Annotated[Path, typer.Option("--dir", help="One directory a device, below this.")],
+    devices: Annotated[int, typer.Option(min=1, max=20_000, help="How many to enrol.")] = 10,
+    fleet: Annotated[str, typer.Option(help="The fleet that they belong to.")] = "demo",
+    tokens: Annotated[
+        Path | None, typer.Option(help="File with one one-time token a line: claim these instead.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What their ids begin with.")] = "car",
+    label: Annotated[
+        list[str] | None, typer.Option(help="key=value for all of them; may be repeated.")
+    ] = None,
+    pace: Annotated[float, typer.Option(min=0, help="Hours of driving a second.")] = 1.0,
+    seed: Annotated[str, typer.Option(help="The same seed, the same drivers.")] = "1",
+    history: Annotated[int, typer.Option(min=0, max=40, help="Days of recorded past.")] = 0,
+    factory: Annotated[
+        list[str] | None,
+        typer.Option(help="COMPONENT=RELEASE=BUNDLE in slot a from the start; may be repeated."),
+    ] = None,
+    careful: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of drivers with the fewest events.")
+    ] = 0.4,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Processes to run them in.")] = 1,
+    faults: Annotated[
+        Path | None, typer.Option(help="JSON list of scripted faults of networks and devices.")
+    ] = None,
+    health_interval: Annotated[float, typer.Option(min=0.2, help="Seconds a report.")] = 5.0,
+    trial_soak: Annotated[float, typer.Option(min=0, help="Seconds of trial.")] = 1.0,
+    trial_deadline: Annotated[
+        float, typer.Option(min=1, help="Seconds without a link before a device goes back.")
+    ] = 600.0,
+    server: Server = SERVER,
+    token: Token = None,
+) -> None:
+    """Enrol devices and run them until Ctrl-C. A directory that is enrolled already continues.
+
+    Each device runs the real agent with its own session, journal and slots; what it does follows
+    from `behaviour.json` of the bundle in its active slot. Prints one JSON line an event.
+    """
+    from device_agent.simulator import Plan
+
+    directory.mkdir(parents=True, exist_ok=True)
+    names = _enrolled(directory)
+    if not names:
+        if tokens is not None:
+            names = _claim(directory, server, _tokens(tokens))
+        else:
+            given = _register(server, token, _wanted(devices, name, fleet, seed, label or []))
+            names = _claim(directory, server, given)
+    plan = Plan(
+        root=str(directory.resolve()),
+        devices=tuple(names),
+        seed=seed,
+        pace=pace,
+        history_days=history,
+        health_interval=health_interval,
+        trial_soak=trial_soak,
+        trial_deadline=trial_deadline,
+        images=tuple(_image(text) for text in factory or []),
+        faults=_faults(faults),
+        careful=careful,
+    )
+    raise typer.Exit(_run(plan, directory, processes))
+
+
+# -- enrolment ------------------------------------------------------------------------------------
+
+
+def _enrolled(directory: Path) -> list[str]:
+    return sorted(path.parent.name for path in directory.glob("*/identity.json"))
+
+
+def _wanted(
+    count: int, name: str, fleet: str, seed: str, labels: list[str]
+) -> list[dict[str, Any]]:
+    from device_agent.simulated_machine import share
+
+    fixed = {}
+    for text in labels:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise Failed(f"--label {text!r}: write key=value", 2)
+        fixed[key] = value
+    found = []
+    for number in range(1, count + 1):
+        device = f"{name}-{number:04d}"
+        drawn = {
+            "hardware": "hw4" if share(seed, "hardware", device) < 0.5 else "hw3",
+            "region": "us" if share(seed, "region", device) < 0.4 else "eu",
+            "model": "m3",
+        }
+        found.append({"id": device, "fleet": fleet, "labels": {**drawn, **fixed}})
+    return found
+
+
+def _register(server: str, token: str | None, wanted: list[dict[str, Any]]) -> list[str]:
+    from controller.cli.client import Api
+
+    api, found = Api(server, token, timeout=300), []
+    for start in range(0, len(wanted), 500):
+        answer = api.post("/devices", wanted[start : start + 500])
+        found += [str(item["token"]) for item in answer["items"]]
+    return found
+
+
+def _tokens(file: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failed(f"{file}: {error}: name a file with one token a line", 2) from None
+    if not found:
+        raise Failed(f"{file} holds no token: `bellwether device enrol` prints them", 2)
+    return found
+
+
+def _claim(directory: Path, server: str, tokens: list[str]) -> list[str]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=8) as workers:
+        return sorted(workers.map(lambda token: _claim_one(directory, server, token), tokens))
+
+
+def _claim_one(directory: Path, server: str, token: str) -> str:
+    """The device's own road: only its token, no right of ours."""
+    import http.client
+    import json
+    import urllib.error
+    import urllib.request
+
+    from device_agent.agent import Identity
+    from device_agent.installers.slots import write_durably
+    from device_agent.machine import private_directory
+
+    if not server.startswith(("http://", "https://")):
+        raise Failed(f"--server {server!r}: a URL with http:// or https:// is expected", 2)
+    request = urllib.request.Request(  # noqa: S310 - the scheme was checked
+        f"{server.rstrip('/')}/api/v1/devices:enrol",
+        data=json.dumps({"token": token}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=60.0) as answer:
+            identity = Identity.from_enrolment(json.loads(answer.read(1 << 20)), server)
+    except urllib.error.HTTPError as error:
+        with error:
+            said = error.read(500).decode(errors="replace")
+        raise Failed(f"a token was refused (HTTP {error.code}): {said}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Failed(f"{server}: enrolment failed: {error}") from None
+    home = directory / identity.device
+    private_directory(home)
+    write_durably(home / "identity.json", identity.to_json().encode(), 0o600)
+    return identity.device
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+def _image(text: str) -> Image:
+    from device_agent.simulator import Image
+
+    parts = text.split("=", 2)
+    if len(parts) != 3 or not Path(parts[2]).is_file():
+        raise Failed(f"--factory {text!r}: write COMPONENT=RELEASE=BUNDLE, an existing file", 2)
+    return Image(component=parts[0], release=parts[1], bundle=str(Path(parts[2]).resolve()))
+
+
+def _faults(file: Path | None) -> tuple[Script, ...]:
+    import json
+
+    from device_agent.simulator import scripts
+
+    if file is None:
+        return ()
+    try:
+        return scripts(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise Failed(f"{file}: {error}", 2) from None
+
+
+def _run(plan: Any, directory: Path, processes: int) -> int:
+    """One child a process; all end when one does, or when we are told to."""
+    import signal
+    import subprocess
+    import sys
+    import time
+    from dataclasses import replace
+
+    from device_agent.simulator import split
+
+    children = []
+    for index, part in enumerate(split(plan.devices, processes)):
+        file = directory / f"plan-{index}.json"
+        file.write_text(replace(plan, devices=part).to_json())
+        command = [sys.executable, "-m", "device_agent.simulator", str(file)]
+        children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+    ending: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.append(1))
+    while not ending and all(child.poll() is None for child in children):
+        time.sleep(0.2)
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    codes = [child.wait() for child in children]
+    return 0 if ending else max((abs(code) for code in codes), default=0)
