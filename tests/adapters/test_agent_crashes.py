@@ -24,6 +24,7 @@ from device_agent.agent import (
     Started,
     Tick,
 )
+from device_agent.installers.slots import Slots
 from device_agent.journal import Journal
 from device_agent.machine import Disk, FetchRefused, hash_file
 from device_agent.outbox import Outbox
@@ -342,3 +343,44 @@ def _survive(root: Path, kind: Kind, cut: int, *, before: bool, passes: bool) ->
     assert device.reports[-1].components["a"].release == wanted
     device.power_off()
     return not lost_power
+
+
+class CutSlots(Slots):
+    """Loses power at the k-th switch of a symlink."""
+
+    def __init__(self, root: Path, at: int) -> None:
+        super().__init__(root)
+        self._left = at
+
+    def _point(self, component: str, name: str | None) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise PowerCut
+        super()._point(component, name)
+
+
+@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_a_power_cut_between_two_switches_is_completed_at_the_next_start(
+    tmp_path: Path, server: Server, device: Device, cut: int, passes: bool
+) -> None:
+    old = {"a": server.bundle("old"), "b": server.bundle("oldb")}
+    new = {"a": server.bundle("new"), "b": server.bundle("newb", passes=passes)}
+    device.do(DesiredArrived(payload=order(1, old)))
+    device.pass_time(3)
+    device.disk.slots = CutSlots(device.root / "components", cut)
+    lost_power = False
+    try:
+        device.do(DesiredArrived(payload=order(2, new)))
+    except PowerCut:
+        lost_power = True
+    # A good set is switched twice; a bad one twice more, on its way back.
+    assert lost_power == (cut <= (2 if passes else 4))
+    device.power_off()
+    device.boot()
+    device.power_on()
+    device.pass_time(4)
+    expected = {"a": "new", "b": "newb"} if passes else {"a": "old", "b": "oldb"}
+    assert device.runs() == expected
+    assert device.reports[-1].state in (State.COMMITTED, State.ROLLED_BACK)
+    device.power_off()

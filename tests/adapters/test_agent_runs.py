@@ -96,6 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     authorized: list[str | None]
 
     def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.authorized.append(self.headers.get("Authorization"))
         body = self.bundle if self.path.startswith("/artifacts") else self.desired
         self.send_response(200)
@@ -223,3 +224,21 @@ def _order(tmp_path: Path, web: Any) -> bytes:
 
 def _agent(*words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "device_agent", *words])
+
+
+def test_enrolment_pins_the_keys_and_keeps_them_private(tmp_path: Path, web: Any) -> None:
+    answer = {
+        "device": "car-1",
+        "fleet": "cars",
+        "broker": {"url": "mqtt://127.0.0.1:1", "username": "car-1", "password": "secret"},
+        "keys": [{"keyid": KEY.keyid, "public": KEY.public_hex}],
+        "server": f"http://127.0.0.1:{web.port}",
+    }
+    web.desired = json.dumps(answer).encode()
+    web.do_POST = web.do_GET
+    words = ("enrol", "--server", answer["server"], "--token", "t", "--dir", str(tmp_path / "car"))
+    assert _agent(*map(str, words)).wait(PATIENCE) == 0
+    path = tmp_path / "car/identity.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Identity.load(path).keys == (KEY.public_hex,)
+    assert _agent(*map(str, words)).wait(PATIENCE) == 1  # never enrolled over
