@@ -81,7 +81,7 @@ class DeviceBook:
 
     def _compute(self, conn: Connection, fleet: str, now: float) -> _Scored:
         plain = views.pinned_of_fleet(conn, fleet)
-        if plain is None:
+        if not plain:
             return _Scored(now, {}, {})
         pinned = Pinned.from_json(plain)
         spec = pinned.policy.score

@@ -61,6 +61,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(BrokerUnavailable, _unavailable)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _broken)
 
 
 def _problem(_: Request, error: Exception) -> JSONResponse:
@@ -104,3 +105,8 @@ def _invalid(_: Request, error: Exception) -> JSONResponse:
 def _http(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
     return answer(error.status_code, str(error.detail), headers=error.headers)
+
+
+def _broken(_: Request, error: Exception) -> JSONResponse:
+    # What went wrong stands in the log; it may hold what the asker shall not see.
+    return answer(500, f"an error of ours ({type(error).__name__}): it is in the server's log")

@@ -1,0 +1,270 @@
+"""The command line against a real HTTP server, and against a state directory alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from sqlalchemy import insert, select
+
+from controller.devices import Registry
+from controller.http.app import Deps, create_app
+from controller.keys import DirectorKey
+from controller.settings import Settings, SettingsError, load
+from controller.store.database import open_control
+from controller.store.tables import commands, decisions, holds, rollouts
+from telemetry.store.database import open_engine, reading, writing
+from telemetry.store.reports import Store
+from telemetry.store.tables import create_schema
+
+NOW = 1_800_000_000.0
+ROOT = Path(__file__).parents[2]
+
+
+class Accounts:
+    """A broker that takes everything."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    def ensure_services(self, secret: bytes) -> None: ...
+
+    def add_devices(self, devices: Iterable[tuple[str, str]]) -> None:
+        self.known |= {name for name, _ in devices}
+
+    def remove_devices(self, devices: Sequence[str]) -> None:
+        self.known -= set(devices)
+
+    def list_devices(self) -> set[str]:
+        return set(self.known)
+
+
+class Content:
+    def path(self, digest: str) -> Path:
+        raise KeyError(digest)
+
+    def add(self, source: Path) -> tuple[str, int]:
+        raise ValueError(source)
+
+
+def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("BELLWETHER_")}
+    return subprocess.run(
+        [sys.executable, "-m", "controller.cli", *args],
+        capture_output=True, text=True, cwd=ROOT, env={**clean, **environment}, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    engine = open_control(f"sqlite:///{tmp_path}/control.db")
+    with writing(engine) as conn:
+        conn.execute(insert(rollouts).values(**_rollout("r" * 26, "cars", "Soaking")))
+        conn.execute(insert(rollouts).values(**_rollout("b" * 26, "back", "RolledBack")))
+        conn.execute(insert(rollouts).values(**_rollout("d" * 26, "done", "Completed")))
+        conn.execute(insert(rollouts).values(**_rollout("h" * 26, "held", "Held")))
+        conn.execute(
+            insert(decisions).values(
+                id="e" * 26, rollout="r" * 26, at=NOW, kind="verdict", verdict="wait",
+                sentence="WAIT — 3 of 10 devices", inputs={"a": 1}, numbers={"n": 3},
+                watermark=7, commit="c" * 40, policy={}, term=1,
+            )
+        )  # fmt: skip
+    engine.dispose()
+    return tmp_path
+
+
+def _rollout(identity: str, name: str, state: str) -> dict[str, Any]:
+    return {
+        "id": identity, "name": name, "fleet": "eu", "release": "fsd-2",
+        "digest": "sha256:" + "a" * 64, "artifacts": {"autopilot": "sha256:" + "b" * 64},
+        "commit": "c" * 40, "author": "ann", "state": state, "sentence": f"{state} — so",
+        "revision": 4, "step": 0, "opened_at": NOW, "step_at": NOW, "soak": 0.0,
+        "updated_at": NOW, "seed": "s", "pinned": {}, "flags": {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def server(state: Path) -> Iterator[str]:
+    engine = open_control(f"sqlite:///{state}/control.db")
+    telemetry = open_engine(f"sqlite:///{state}/telemetry.db")
+    create_schema(telemetry)
+    deps = Deps(
+        engine=engine,
+        reader=Store(telemetry),
+        registry=Registry(engine, Accounts(), b"s" * 32),
+        content=Content(),
+        key=DirectorKey.load_or_create(state / "director.pem"),
+        settings=Settings(state_dir=state, broker="mqtt://127.0.0.1:1"),
+        clock=lambda: NOW,
+        poke=lambda: None,
+    )
+    service = uvicorn.Server(
+        uvicorn.Config(create_app(deps), host="127.0.0.1", port=0, log_level="error")
+    )
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    while not service.started and thread.is_alive():
+        thread.join(0.02)
+    port = service.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    service.should_exit = True
+    thread.join()
+    engine.dispose()
+    telemetry.dispose()
+
+
+def test_status_shows_the_sentence(server: str) -> None:
+    plain = run("status", BELLWETHER_SERVER=server)
+    assert plain.returncode == 0, plain.stderr
+    assert "Soaking — so" in plain.stdout
+    found = json.loads(run("status", "cars", "-o", "json", BELLWETHER_SERVER=server).stdout)
+    assert found["v"] == 1
+    assert found["rollout"]["state"] == "Soaking"
+
+
+def test_a_rollback_carries_the_revision_that_was_seen(server: str, state: Path) -> None:
+    stale = run("rollback", "cars", "--reason", "x", "--if-revision", "3", "--server", server)
+    assert stale.returncode == 1
+    assert "stale" in stale.stderr
+    plan = run("rollback", "cars", "--dry-run", "-o", "json", "--server", server)
+    assert json.loads(plan.stdout)["kind"] == "rollback"
+    done = run(
+        "rollback", "cars", "--reason", "it brakes", "--incident", "INC-1", "--server", server
+    )
+    assert done.returncode == 0, done.stderr
+    assert _holds(state) == [("it brakes", "INC-1")]
+
+
+def test_a_rollback_without_the_api_writes_the_same_command(state: Path) -> None:
+    done = run("rollback", "cars", "--reason", "it brakes", "--state-dir", str(state))
+    assert done.returncode == 0, done.stderr
+    assert _holds(state) == [("it brakes", None)]
+    stop = run("stop", "--reason", "recall", "--state-dir", str(state))
+    assert stop.returncode == 0, stop.stderr
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with reading(engine) as conn:
+        kinds = conn.execute(select(commands.c.kind).order_by(commands.c.id)).scalars().all()
+    engine.dispose()
+    assert kinds == ["rollback", "stop"]
+
+
+def test_wait_tells_the_end_by_its_exit_code(server: str) -> None:
+    codes = {"done": 0, "back": 4, "cars": 5, "nothing": 5, "held": 6}
+    for name, code in codes.items():
+        ended = run("wait", name, "--timeout", "0", "--server", server)
+        assert ended.returncode == code, (name, ended.stderr)
+
+
+def test_explain_and_export_show_the_decision(server: str, tmp_path: Path) -> None:
+    assert "WAIT — 3 of 10" in run("explain", "cars", "--server", server).stdout
+    assert '"n": 3' in run("explain", "e" * 26, "--server", server).stdout
+    out = tmp_path / "evidence.json"
+    done = run("evidence", "export", "cars", "--out", str(out), "--server", server)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["decisions"][0]["inputs"] == {"a": 1}
+
+
+def test_the_life_of_a_device(server: str) -> None:
+    env = {"BELLWETHER_SERVER": server}
+    token = run("device", "enrol", "car-1", "--fleet", "eu", "--label", "hardware=hw3", **env)
+    assert token.stdout.startswith("bwe_"), token.stderr
+    shown = json.loads(run("device", "show", "car-1", "-o", "json", **env).stdout)
+    assert shown["labels"] == {"hardware": "hw3"}
+    assert run("device", "move", "car-1", "--fleet", "us", **env).returncode == 0
+    assert "us" in run("device", "list", **env).stdout
+    assert run("device", "retire", "car-1", "--reason", "old", **env).returncode == 0
+    again = run("device", "retire", "car-1", **env)
+    assert again.returncode == 1
+    assert "retired" in again.stderr
+    assert run("device", "enrol", "x", "--fleet", "eu", "--label", "no", **env).returncode == 2
+
+
+def test_tokens_are_made_without_a_running_service(state: Path, server: str) -> None:
+    made = run("token", "create", "ci", "--role", "viewer", "--state-dir", str(state))
+    token = made.stdout.strip()
+    assert run("status", "--server", server, "--token", token).returncode == 0
+    denied = run("stop", "--reason", "x", "--server", server, "--token", token)
+    assert denied.returncode == 6
+    assert "ci" in run("token", "list", "--state-dir", str(state)).stdout
+    assert run("token", "revoke", "ci", "--state-dir", str(state)).returncode == 0
+    assert run("status", "--server", server, "--token", token).returncode == 6
+    assert run("token", "create", "x", "--role", "king", "--state-dir", str(state)).returncode == 2
+    whole = run("evidence", "verify", "--state-dir", str(state))
+    assert "whole" in whole.stdout
+
+
+def test_errors_say_what_to_do(tmp_path: Path) -> None:
+    away = run("status", "--server", "http://127.0.0.1:1")
+    assert away.returncode == 1
+    assert "bellwether serve" in away.stderr
+    assert "Traceback" not in away.stderr
+    assert run("rollback", "x", "--state-dir", str(tmp_path / "no")).returncode == 2
+    assert run("status", "--server", "nonsense").returncode == 1
+    assert run("no-such-command").returncode == 2
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def test_flags_beat_the_environment_that_beats_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bellwether.toml"
+    file.write_text('branch = "file"\npath = "file"\nrepo = "file"\n')
+    monkeypatch.setenv("BELLWETHER_PATH", "environment")
+    monkeypatch.setenv("BELLWETHER_REPO", "environment")
+    found = load({"repo": "flag", "branch": None}, file)
+    assert (found.repo, found.path, found.branch) == ("flag", "environment", "file")
+
+
+def test_beyond_loopback_needs_authentication() -> None:
+    with pytest.raises(SettingsError, match="--auth required"):
+        load({"listen": "0.0.0.0:8420"})
+    assert load({"listen": "0.0.0.0:8420", "auth": "required"}).address == ("0.0.0.0", 8420)
+    assert load({"listen": "[::1]:1"}).address == ("::1", 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"listen": "8420"},
+        {"listen": "127.0.0.1:99999"},
+        {"broker": "http://x"},
+        {"role": "king"},
+        {"poll_interval": 0},
+        {"cowboy": 1},
+    ],
+)
+def test_bad_settings_are_named(flags: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(flags))):
+        load(flags)
+
+
+def test_a_child_process_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load({"listen": "127.0.0.1:9", "broker": "mqtt://127.0.0.1:7", "poll_interval": 0.5})
+    for name, value in before.environment().items():
+        monkeypatch.setenv(name, value)
+    assert load({}) == before
+
+
+def test_shown_settings_cover_passwords() -> None:
+    shown = load({"database": "postgresql+psycopg://u:geheim@h/d"}).shown()
+    assert "geheim" not in json.dumps(shown)
+
+
+def _holds(state: Path) -> list[tuple[str, str | None]]:
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with reading(engine) as conn:
+        found = [(r.reason, r.incident) for r in conn.execute(select(holds))]
+    engine.dispose()
+    return found
