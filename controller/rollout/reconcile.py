@@ -130,15 +130,18 @@ def _going_back(
     told = [m for m in members.values() if m.arm is not Arm.CONTROL and m.state not in _NEVER_TOLD]
     away = [m for m in told if m.state is not MemberState.BACK]
     patience = step.patience(world, rollout)
-    reachable = [m for m in away if step.reachable(world, m.device, patience, now)]
-    if reachable:
+    bound = [m for m in away if _has_nowhere_to_go(world, rollout, hold, m, now)]
+    away = [m for m in away if m not in bound]
+    if any(step.reachable(world, m.device, patience, now) for m in away):
         return
-    n = len(told) - len(away)
+    n = len(told) - len(away) - len(bound)
     sentence = rollout.sentence.replace("ROLLING BACK", "ROLLED BACK")
     sentence = sentence.replace("devices go back to what each ran before", "devices were told it")
     sentence += f"; {n} are back"
     if away:
         sentence += f", {len(away)} not reached yet: each goes back at its next contact"
+    if bound:
+        sentence += f", {len(bound)} ran nothing before and wait for the fix-forward"
     yield Change(
         rollout=replace(
             rollout,
@@ -154,8 +157,23 @@ def _going_back(
         kind="state",
         verdict=str(RolloutState.ROLLED_BACK),
         sentence=sentence,
-        inputs={"back": n, "unreached": sorted(m.device for m in away)[:1000]},
+        inputs={
+            "back": n,
+            "unreached": sorted(m.device for m in away)[:1000],
+            "nowhere": sorted(m.device for m in bound)[:1000],
+        },
     )
+
+
+def _has_nowhere_to_go(
+    world: World, rollout: Rollout, hold: ActiveHold | None, member: Member, now: float
+) -> bool:
+    """Is there no other set for this device? Known once its order could have been composed."""
+    if now <= float(rollout.flags.get("ended_at", now)):
+        return False
+    rejected = hold.artifacts if hold else frozenset(rollout.artifacts.values())
+    order = world.orders.get(member.device)
+    return order is None or any(told.digest in rejected for told in order.components.values())
 
 
 def _came_back(
