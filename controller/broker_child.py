@@ -122,6 +122,13 @@ class BrokerChild:
         (self._state_dir / "broker.port").write_text(str(self.port))
         self._wait_until_listening()
 
+    def watch(self, devices: Iterable[tuple[str, str]] | None = None) -> bool:
+        """Start it again when it died; True when that was so."""
+        if self.alive:
+            return False
+        self.start(devices)
+        return True
+
     def stop(self) -> None:
         """SIGTERM (it saves its sessions), then SIGKILL after a while; harmless when it is gone."""
         process, self._process = self._process, None

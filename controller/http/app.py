@@ -34,6 +34,7 @@ def create_app(deps: Deps) -> FastAPI:
     )
     app.state.deps = deps
     app.state.book = DeviceBook(deps.reader, deps.clock)
+    app.state.refused = {}
     problems.install(app)
     # The more special paths come first: `/devices/{d}:move` before anything that takes any name.
     for router in (verbs.router, services.api, reads.router, services.router, page.router):

@@ -237,7 +237,21 @@ def prometheus(request: Request, deps: Given, who: Viewer) -> Response:
         metrics.gauge("bellwether_holds_unrecorded", conn.execute(unrecorded).scalar_one())
         metrics.gauge("bellwether_audit_records", views.audit_head(conn))
         _git_metrics(views.value(conn, "git") or {})
+    _refusal_metrics(request, deps)
     return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _refusal_metrics(request: Request, deps: Deps) -> None:
+    """What the ingest refused: counted by its own process, kept in the store, added here."""
+    refusals = getattr(deps.reader, "refusals", None)
+    if refusals is None:
+        return
+    shown: dict[str, int] = request.app.state.refused
+    for reason, number in refusals().items():
+        metrics.count(
+            "bellwether_ingest_refused_total", max(0, number - shown.get(reason, 0)), reason=reason
+        )
+        shown[reason] = number
 
 
 def _git_metrics(state: dict[str, Any]) -> None:

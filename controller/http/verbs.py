@@ -18,6 +18,7 @@ from controller.http.access import RIGHTS, Principal, Right, needs
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
 from controller.http.reads import find
+from controller.manifests.kinds import Fleet
 from controller.store import devices as registry_rows
 from controller.store import views
 from telemetry.store.database import reading
@@ -119,7 +120,12 @@ def register(
         for i in issued
     ]
     _poke(deps)
-    return {"items": items, **(items[0] if not isinstance(body, list) else {})}
+    warnings = _misfits(deps, wanted)
+    return {
+        "items": items,
+        "warnings": warnings,
+        **(items[0] if not isinstance(body, list) else {}),
+    }
 
 
 @router.post("/devices:enrol")
@@ -244,6 +250,21 @@ def _poke(deps: Deps) -> None:
         deps.poke()
     else:
         wake.poke(deps.settings.state_dir)
+
+
+def _misfits(deps: Deps, wanted: list[bodies.Device]) -> list[str]:
+    """Devices whose labels their fleet's selector does not match: taken in, but said aloud.
+
+    Compared with the fleet as its newest rollout pinned it; a newer commit may already differ.
+    """
+    with reading(deps.engine) as conn:
+        pinned = {name: views.pinned_of_fleet(conn, name) for name in {d.fleet for d in wanted}}
+    fleets = {name: Fleet.model_validate(plain["fleet"]) for name, plain in pinned.items() if plain}
+    return [
+        f"{d.id}: its labels do not match the selector of fleet {d.fleet}"
+        for d in wanted
+        if d.fleet in fleets and not fleets[d.fleet].selector.matches(d.labels)
+    ]
 
 
 def _may_start(who: Principal) -> None:

@@ -234,6 +234,19 @@ def test_a_replaced_board_gets_a_new_password_and_term(house: House) -> None:
     assert new["broker"]["password"] != old
 
 
+def test_labels_that_the_fleet_does_not_select_are_said_aloud(house: House) -> None:
+    fleet = {
+        "name": "eu",
+        "selector": {"match_labels": {"model": "m3"}},
+        "health_policy": "driving",
+        "cohorts": [{"name": "general", "rest": True}],
+    }
+    add_rollout(house, pinned={"fleet": fleet})
+    many = [{"id": "fits", "fleet": "eu", "labels": {"model": "m3"}}, {"id": "not", "fleet": "eu"}]
+    made = house.client.post("/api/v1/devices", json=many).json()
+    assert made["warnings"] == ["not: its labels do not match the selector of fleet eu"]
+
+
 # -- verbs ----------------------------------------------------------------------------------------
 
 
