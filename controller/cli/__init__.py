@@ -57,3 +57,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except Exception as error:
+        from controller.cli.errors import explained
+
+        if (message := explained(error)) is None:
+            raise
+        print(f"bellwether: {message}", file=sys.stderr)
+        sys.exit(1)

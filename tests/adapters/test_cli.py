@@ -213,6 +213,23 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     assert run("no-such-command").returncode == 2
 
 
+def test_a_database_that_is_away_is_no_traceback(tmp_path: Path) -> None:
+    url = "postgresql+psycopg://x@127.0.0.1:1/x"
+    away = run("serve", "--state-dir", str(tmp_path), "--database", url, "--repo", str(tmp_path))
+    assert away.returncode == 1
+    assert "does not answer" in away.stderr
+    assert "Traceback" not in away.stderr
+
+
+def test_help_loads_nothing_heavy() -> None:
+    probe = "import sys, controller.cli; print(sorted(set(sys.modules) & {'rich.console', "
+    probe += "'sqlalchemy', 'fastapi', 'numpy', 'pydantic', 'httpx2', 'yaml'}))"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 # -- settings -------------------------------------------------------------------------------------
 
 
