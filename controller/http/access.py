@@ -56,6 +56,10 @@ class Principal:
     def sees(self, fleet: str) -> bool:
         return not self.fleets or fleet in self.fleets
 
+    def must_see_all(self, what: str) -> None:
+        if self.fleets:
+            raise Problem(403, f"{self.name} is for some fleets only: {what} tells of all of them")
+
 
 def needs(right: Right) -> Callable[[Request], Principal]:
     """A dependency: the principal, when it has this right."""

@@ -170,7 +170,8 @@ def decision(decision: str, deps: Given, who: Viewer) -> Plain:
 
 @router.get("/audit")
 def audit(deps: Given, who: Auditor, cursor: Cursor = None, limit: Limit = 100) -> Plain:
-    """Oldest first."""
+    """Oldest first; of all fleets, so not for a token of some."""
+    who.must_see_all("the audit")
     key = paging.key(cursor) or "0"
     if not key.isdigit():
         raise Problem(400, "cursor: not one of this list", pointer="query/cursor")

@@ -170,6 +170,7 @@ async def git_webhook(request: Request, deps: Given) -> dict[str, str]:
 @api.get("/events", response_class=StreamingResponse)
 def events(request: Request, deps: Given, who: Viewer) -> StreamingResponse:
     """Server-sent events: what was recorded, as it is recorded. Resume with Last-Event-ID."""
+    who.must_see_all("the events")
     last = request.headers.get("last-event-id", "")
     if last and not (last.isdigit() and len(last) < 16):
         raise Problem(400, "Last-Event-ID: a number of one of our events is expected")

@@ -350,6 +350,8 @@ def test_a_token_of_one_fleet_does_not_see_the_other(house: House) -> None:
     for path in ("rollouts/cars", "devices/car-1", "fleets/eu", "rollouts/cars/decisions"):
         assert house.client.get(f"/api/v1/{path}", headers=elsewhere).status_code == 404, path
     assert house.client.get("/api/v1/devices", headers=elsewhere).json()["items"] == []
+    for path in ("audit", "events"):
+        assert house.client.get(f"/api/v1/{path}", headers=elsewhere).status_code == 403, path
     retire = house.client.post("/api/v1/devices/car-1:retire", json={}, headers=elsewhere)
     assert retire.status_code == 404
 
