@@ -118,20 +118,37 @@ class FleetRepo:
         """Commits since `old` without a good signature; empty when none is asked for."""
         if self._allowed_signers is None:
             return []
+        # Of a first head only the tip is asked for: history from before us is taken with it.
         span = [f"{old}..{new}"] if old else ["-1", new]
         problems = []
         for commit in self._git("rev-list", *span).decode().split():
-            done = self._run(
-                "-c", "gpg.format=ssh",
-                "-c", f"gpg.ssh.allowedSignersFile={self._allowed_signers.resolve()}",
-                "verify-commit", commit,
-            )  # fmt: skip
-            if done.returncode != 0:
-                lines = done.stderr.decode(errors="replace").strip().splitlines()
-                problems.append(
-                    SignatureProblem(commit=commit, why=lines[-1] if lines else "no signature")
-                )
+            if why := self._bad_signature(commit):
+                problems.append(SignatureProblem(commit=commit, why=why))
         return problems
+
+    def _bad_signature(self, commit: str) -> str:
+        """Why this commit carries no SSH signature of an allowed signer; empty: it does."""
+        head = self._git("cat-file", "commit", commit).split(b"\n\n", 1)[0]
+        if b"\ngpgsig -----BEGIN SSH SIGNATURE-----" not in head:
+            return "no SSH signature"  # another kind is never asked the service user's keyring
+        done = self._run(
+            "-c", "gpg.format=ssh",
+            "-c", f"gpg.ssh.allowedSignersFile={self._signers()}",
+            "verify-commit", commit,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return ""
+        return _last_line(done.stderr.decode(errors="replace"))
+
+    def _signers(self) -> Path:
+        """The allowed signers, and ourselves: the holds that we record are ours."""
+        listed = self._allowed_signers.read_text() if self._allowed_signers else ""
+        if self._signing_key is not None:
+            own = self._signing_key.with_name(self._signing_key.name + ".pub").read_text()
+            listed += f"\n{_AUTHOR[1]} {own.strip()}\n"
+        file = self._dir / "allowed_signers"
+        file.write_text(listed)
+        return file
 
     def info(self, commit: str) -> CommitInfo:
         text = self._git("show", "-s", "--format=%an <%ae>%x00%cn <%ce>%x00%ct%x00%B", commit)
@@ -186,10 +203,10 @@ class FleetRepo:
         environment = {"GIT_INDEX_FILE": str(index)}
         try:
             self._git("read-tree", tip, env=environment)
-            there = set(self._git("ls-files", "-z", env=environment).decode().split("\0"))
+            there = set(self._git("ls-files", "-z", env=environment).split(b"\0"))
             for path, text in files.items():
                 full = f"{self._path}/{path}" if self._path else path
-                if full in there:
+                if full.encode() in there:
                     continue
                 blob = self._git("hash-object", "-w", "--stdin", stdin=text.encode()).decode()
                 entry = f"100644,{blob.strip()},{full}"
@@ -200,7 +217,10 @@ class FleetRepo:
         if tree == self._git("rev-parse", f"{tip}^{{tree}}").decode().strip():
             return tip
         sign = ["-S"] if self._signing_key else []
-        made = self._git(*self._signing(), "commit-tree", *sign, "-p", tip, "-m", message, tree)
+        made = self._git(
+            *self._signing(), "commit-tree", *sign, "-p", tip, "-F", "-", tree,
+            stdin=message.encode("utf-8", "replace"),
+        )  # fmt: skip
         return made.decode().strip()
 
     def _signing(self) -> list[str]:

@@ -104,10 +104,10 @@ class GitWatch:
             self._note(now, heard=False, refused=str(error))
             return
         commit = fetched.commit
-        if commit == self._state.accepted:
+        if commit == self._state.accepted and self._current is not None:
             self._note(now, heard=True, refused="", head=commit)
             self._refresh(now)
-        elif why := self._refusal(commit):
+        elif commit != self._state.accepted and (why := self._refusal(commit)):
             self._note(now, heard=True, refused=why, head=commit)
         else:
             self._accept(commit, now)
@@ -161,7 +161,12 @@ class GitWatch:
         with writing(self._engine) as conn:
             known = {row.id for row in conn.execute(select(holds.c.id))}
             for hold in manifests.holds.values():
-                if hold.id in known:
+                if hold.id in known:  # ours: it stands in Git now, whoever merged it
+                    conn.execute(
+                        update(holds)
+                        .where(holds.c.id == hold.id, holds.c.commit.is_(None))
+                        .values(commit=commit)
+                    )
                     continue
                 rollout = manifests.rollouts.get(hold.rollout)
                 release = manifests.releases.get(hold.rejects_release)
@@ -184,6 +189,11 @@ class GitWatch:
                     )
                 )
             for lift in manifests.lifts.values():
+                conn.execute(
+                    update(holds)
+                    .where(holds.c.lift == lift.id, holds.c.lift_commit.is_(None))
+                    .values(lift_commit=commit)
+                )
                 conn.execute(
                     update(holds)
                     .where(holds.c.id == lift.hold, holds.c.lifted_at.is_(None))
@@ -216,8 +226,8 @@ class GitWatch:
         try:
             self._current, _ = self._head(kept["accepted"], kept["author"])
         except (RepoUnavailable, OSError, ValueError):
-            log.warning("git", event_detail="the local clone is gone: waiting for the remote")
-            self._state = GitState(url=self._state.url, branch=self._state.branch)
+            # The accepted commit stays the one to descend from; its tree comes with the fetch.
+            log.warning("git", detail="the local clone is gone: waiting for the remote")
 
     def _refresh(self, now: float) -> None:
         """Devices were enrolled since: what depends on the registry is checked again."""

@@ -1,4 +1,4 @@
-"""The director's signing key: Ed25519, kept in one file that only its owner reads."""
+"""Our signing keys, Ed25519, in files that only their owner reads: director's and recorder's."""
 
 from __future__ import annotations
 
@@ -41,11 +41,29 @@ class DirectorKey:
         return envelope(desired, (Signature(keyid=self.keyid, sig=signature.hex()),))
 
 
+def recorder_key(path: Path) -> Path:
+    """The SSH key that signs the holds that we record, made at first use with its `.pub` beside it.
+
+    Hosts that ask for signed commits need the public part in their allowed signers.
+    """
+    if not path.exists():
+        private = Ed25519PrivateKey.generate()
+        public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(path.name + ".pub").write_bytes(public + b" bellwether\n")
+        _write(path, private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    return path
+
+
 def _create(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     pem = Ed25519PrivateKey.generate().private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
     )
+    _write(path, pem)
+
+
+def _write(path: Path, pem: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and linked: of two processes that start at once, one key wins, whole.
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

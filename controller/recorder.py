@@ -76,15 +76,20 @@ class Recorder:
         with reading(self._engine) as conn:
             for row in conn.execute(select(holds).order_by(holds.c.id)):
                 if row.id in ids:
-                    lines.append(f"Hold {row.release} on {row.rollout}: {row.reason}")
+                    lines.append(f"Hold {row.release} on {row.rollout}: {_line(row.reason)}")
                     trailers.append(f"Hold: {row.id}")
-                    trailers.append(f"Actor: {row.actor}")
+                    trailers.append(f"Actor: {_line(row.actor)}")
                 if row.lift in ids:
-                    lines.append(f"Lift {row.release} on {row.rollout}: {row.lift_reason}")
+                    lines.append(f"Lift {row.release} on {row.rollout}: {_line(row.lift_reason)}")
                     trailers.append(f"Lift: {row.lift}")
-                    trailers.append(f"Actor: {row.lifted_by}")
+                    trailers.append(f"Actor: {_line(row.lifted_by)}")
         subject = lines[0][:72] if len(lines) == 1 else f"Record {len(lines)} holds and lifts"
         return "\n\n".join([subject, "\n".join(lines), "\n".join(trailers)])
+
+
+def _line(text: str | None) -> str:
+    """One printable line: nobody's words forge a trailer."""
+    return "".join(c if c.isprintable() else " " for c in text or "")
 
 
 def hold_text(row: Any) -> str:
@@ -112,10 +117,10 @@ def lift_text(row: Any) -> str:
 
 
 def _document(kind: str, name: str, spec: dict[str, Any]) -> str:
-    # JSON scalars and flow maps are YAML: no text of a person can break out of its quotes.
+    # JSON in ASCII is YAML: no text of a person can break out of its quotes.
     lines = ["apiVersion: bellwether.dev/v1", f"kind: {kind}", f"metadata: {{name: {name}}}"]
     lines.append("spec:")
     for key, value in spec.items():
         if value is not None:
-            lines.append(f"  {key}: {json.dumps(value, ensure_ascii=False)}")
+            lines.append(f"  {key}: {json.dumps(value)}")
     return "\n".join(lines) + "\n"

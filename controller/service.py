@@ -31,7 +31,7 @@ from controller.broker_roles import device_password, service_password
 from controller.devices import Registry
 from controller.fleetrepo import FleetRepo
 from controller.gitwatch import GitWatch
-from controller.keys import DirectorKey
+from controller.keys import DirectorKey, recorder_key
 from controller.loop import Loop, Ports
 from controller.orders import Issuer
 from controller.recorder import Recorder
@@ -94,6 +94,7 @@ def run_controller(settings: Settings, stopping: threading.Event) -> None:
             settings.path,
             settings.state_dir / "git",
             allowed_signers=settings.allowed_signers,
+            signing_key=recorder_key(settings.state_dir / "keys" / "recorder"),
         )
         watch = GitWatch(
             engine,

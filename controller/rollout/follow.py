@@ -57,7 +57,8 @@ def follow(
         state = MemberState.SILENT if unheard(row, hearing, now) > patience else MemberState.DRAWN
         return _become(member, state, "", now)
     member = _exposure(member, rollout, row, now)
-    if row.attempt == member.attempt and row.state in _FAILED:
+    mine = row.attempt == member.attempt
+    if mine and row.state in _FAILED and row.reason != Reason.ORDERED:
         return _failed(member, row, deaf, now)
     quiet = unheard(row, hearing, now) > patience
     if runs_target(row, rollout, committed=True) and not quiet:
