@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 
 from controller.store.tables import audit
 from device_agent.protocol import canonical
 
 FIRST = "0" * 64
+CHAIN = 0x62656C6C  # the advisory lock of the chain's end
 
 
 def append(
@@ -29,6 +30,9 @@ def append(
     detail: Mapping[str, Any],
 ) -> int:
     """Append one row; answers its sequence number."""
+    if conn.dialect.name == "postgresql":
+        # One chain has one end: writers take their turn. (SQLite has one writer anyway.)
+        conn.execute(select(func.pg_advisory_xact_lock(CHAIN)))
     last = conn.execute(
         select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
     ).first()

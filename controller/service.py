@@ -26,7 +26,7 @@ from sqlalchemy import Engine, select
 
 from controller import wake
 from controller.broker_admin import BrokerAdmin
-from controller.broker_child import BrokerChild, load_secret
+from controller.broker_child import BrokerChild, BrokerFailed, load_secret
 from controller.broker_roles import device_password, service_password
 from controller.devices import Registry
 from controller.fleetrepo import FleetRepo
@@ -36,6 +36,7 @@ from controller.loop import Loop, Ports
 from controller.orders import Issuer
 from controller.recorder import Recorder
 from controller.settings import Settings
+from controller.store import devices as registry_rows
 from controller.store import rollouts as store
 from controller.store.database import open_control
 from controller.store.tables import devices
@@ -244,13 +245,14 @@ def _all(settings: Settings, stopping: threading.Event) -> int:
     telemetry_store(settings)
     director_key(settings)
     secret = load_secret(settings.state_dir)
+    ours: BrokerChild | None = None
     with contextlib.ExitStack() as stack:
         if settings.broker is None:
-            broker = BrokerChild(settings.state_dir)
-            broker.start(_passwords(engine, secret))
-            stack.callback(broker.stop)
-            settings = settings.model_copy(update={"broker": broker.url})
-            log.info("broker", url=broker.url)
+            ours = BrokerChild(settings.state_dir)
+            ours.start(_passwords(engine, secret))
+            stack.callback(ours.stop)
+            settings = settings.model_copy(update={"broker": ours.url})
+            log.info("broker", url=ours.url)
         children = [Child(role, settings) for role in ROLES]
         for child in children:
             child.start()
@@ -258,15 +260,24 @@ def _all(settings: Settings, stopping: threading.Event) -> int:
         while not stopping.wait(0.2):
             for child in children:
                 child.watch()
+            if ours is not None and not ours.alive:
+                _restart_broker(ours, _passwords(engine, secret))
     return 0
+
+
+def _restart_broker(broker: BrokerChild, accounts: list[tuple[str, str]]) -> None:
+    try:
+        broker.watch(accounts)
+        log.warning("broker_restarted", url=broker.url)
+    except BrokerFailed as error:
+        log.error("broker", detail=str(error))  # tried again at the next look
+        time.sleep(1.0)
 
 
 def _passwords(engine: Engine, secret: bytes) -> list[tuple[str, str]]:
     """What a broker needs to know again when it has forgotten."""
     with reading(engine) as conn:
-        rows = conn.execute(
-            select(devices.c.id, devices.c.password_issue).where(devices.c.status == "active")
-        )
+        rows = registry_rows.accounts(conn)
         return [(row.id, device_password(secret, row.id, row.password_issue)) for row in rows]
 
 
