@@ -190,7 +190,10 @@ def _draw(
         exposed, control, size, warnings = _draw_fix(world, rollout, wave, everybody, seed)
     else:
         cohort = next(c for c in pinned.fleet.cohorts if c.name == wave.step.cohort)
-        inside = assign(pinned.fleet.cohorts, everybody, rollout.seed)[cohort.name]
+        cohorts = assign(pinned.fleet.cohorts, everybody, rollout.seed)
+        inside = cohorts[cohort.name]
+        if wave.index == len(pinned.waves) - 1 and wave.step.percent == 1:
+            inside = inside + _passed_by(pinned, cohorts, cohort.name, already)
         runs = frozenset(c.device.id for c in inside if _runs(world, rollout, c.device))
         drawn = draw(
             cohort,
@@ -240,6 +243,14 @@ def _draw(
             "control": [c.device.id for c in control],
         },
     )
+
+
+def _passed_by(
+    pinned: Pinned, cohorts: dict[str, list[Candidate]], last: str, already: frozenset[str]
+) -> list[Candidate]:
+    """Devices that their score moved into a cohort whose steps were over: theirs is the last."""
+    whole = {wave.step.cohort for wave in pinned.waves if wave.step.percent == 1} - {last}
+    return [c for name in sorted(whole) for c in cohorts[name] if c.device.id not in already]
 
 
 def _draw_fix(
