@@ -598,9 +598,8 @@ def _complete(
     away = [m.device for m in ours if m.state in (MemberState.TOLD, MemberState.DRAWN)]
     updated = sum(m.state is MemberState.UPDATED for m in ours)
     tail = f", {len(away)} not reached yet: each gets it at its next contact" if away else ""
-    sentence = (
-        f"COMPLETED — {rollout.release} on {updated} of {len(ours)} devices{tail}; {sentence}"
-    )
+    proof = sentence.removeprefix("WIDENED — ").removeprefix("COMPLETED — ")
+    sentence = f"COMPLETED — {rollout.release} on {updated} of {len(ours)} devices{tail}; {proof}"
     hardware = {d.hardware for d in world.devices.values() if d.fleet == rollout.fleet}
     for component, digest in sorted(rollout.artifacts.items()):
         for kind in sorted(hardware):
