@@ -156,6 +156,7 @@ class AsyncLink:
         self._topics: tuple[str, ...] = ()
         self.up = False
         self.open = False
+        self._cut = False
         self._client = mqtt.Client(
             mqtt.CallbackAPIVersion.VERSION2,
             client_id=identity.device,
@@ -178,6 +179,7 @@ class AsyncLink:
     def connect(self, topics: tuple[str, ...], will: tuple[str, bytes]) -> None:
         """Raises OSError when nobody listens."""
         self._topics = topics
+        self._cut = False
         self._client.will_set(will[0], will[1], qos=1, retain=True)
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = SESSION_SECONDS
@@ -186,7 +188,7 @@ class AsyncLink:
         )
 
     def publish(self, message: Publish) -> None:
-        if self.up:
+        if self.up and not self._cut:
             self._client.publish(
                 message.topic, message.payload, qos=message.qos, retain=message.retain
             )
@@ -197,15 +199,26 @@ class AsyncLink:
             self._client.loop_misc()
 
     def cut(self) -> None:
-        """The network is gone: no goodbye, the broker speaks our will."""
+        """The network is gone: no goodbye, the broker speaks our will.
+
+        paho notices when its socket is read next; until then nothing passes, in neither direction.
+        We may stand inside one of its callbacks here, so it must not be entered again.
+        """
         sock: Any = self._client.socket()
         if sock is not None:
+            self._cut = True
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            self._client.loop_read()
+
+    def abandon(self) -> None:
+        """Cut, and never heard of again: its owner has crashed."""
+        self._deliver = lambda _event: None
+        self.cut()
 
     def close(self, last_word: tuple[str, bytes]) -> None:
         """An orderly end."""
+        if self._cut:
+            return
         if self.up:
             self._client.publish(last_word[0], last_word[1], qos=1, retain=True)
         self._client.disconnect()
@@ -247,6 +260,8 @@ class AsyncLink:
             self._deliver(Disconnected())
 
     def _on_message(self, _client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
+        if self._cut:
+            return
         try:
             _device, channel = protocol.parse_topic(message.topic)
         except ProtocolError:
@@ -318,7 +333,7 @@ class Device:
 
     async def crash(self) -> None:
         """The power is cut; the next start continues from the journal."""
-        self._link.cut()
+        self._link.abandon()
         await self._put_down()
         self._effects = asyncio.Queue()
         self._link = AsyncLink(self._identity, self._loop, self._handle)
@@ -405,10 +420,8 @@ class Device:
                 self._handle(Fact(update.LinkProbed(attempt=effect.attempt, alive=alive)))
                 continue
             fact = await self._loop.run_in_executor(self._workers, self._disk.execute, effect)
-            if isinstance(effect, update.Activate | update.SwitchBack):
-                self._switched()
             if fact is not None:
-                self._handle(Fact(fact))
+                self._handle(Fact(fact))  # a switch that changed what runs is followed in there
 
     async def _server_answers(self) -> bool:
         url = urlsplit(self._identity.server)
