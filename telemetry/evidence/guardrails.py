@@ -97,7 +97,7 @@ def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading
     parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
     evidence = _pooled(_rate_harm(engine, gate, seen, None, controls), parts)
     ell = first_events.curve(engine, _ticks(gate, seen.ticks, None))
-    low, high = _ratio_band(engine, ell, _repeats(engine, gate, seen, None))
+    ratio_seen, low, high = _ratio(engine, ell, _repeats(engine, gate, seen, None))
     one, zero = _arm(seen.totals, "exposed"), _arm(seen.totals, "control")
     counts = {"exposed": one, "control": zero}
     crowded = _crowded(engine, seen)
@@ -113,19 +113,18 @@ def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading
         safe = math.nan if math.isnan(against) or math.isnan(ratio) else max(ratio, against)
         lacks = _lacks_hours(engine, gate, seen, budget)
     rate1, rate0 = _rate(one, gate), _rate(zero, gate)
-    estimate = rate1 / rate0 if rate0 > 0 else math.nan
     return Reading(
         name=gate.metric,
         kind="events",
         harm=evidence,
         safe=safe,
         margin=margin,
-        estimate=estimate,
+        estimate=ratio_seen if controls else math.nan,
         band=(low, high),
         dry_run=gate.dry_run,
         counts=counts | {"rate": rate1, "control_rate": rate0, "ratio_band": [low, high]},
         lacks=lacks,
-        says=_says_rate(gate, one, zero, (low, high), margin, budget),
+        says=_says_rate(gate, one, zero, (ratio_seen, low, high), margin, budget),
     )
 
 
@@ -227,13 +226,19 @@ def _rate_harm(
     return first_events.budget_harm(engine, firsts, exposure, budget[0])
 
 
-def _ratio_band(engine: Engine, ell: curves.Array, repeats: levels.Normal) -> tuple[float, float]:
-    """The band of the part that speaks louder, so that the sentence shows what decided."""
+def _ratio(engine: Engine, ell: curves.Array, repeats: levels.Normal) -> tuple[float, float, float]:
+    """(estimate, low, high) of the part that speaks louder: the sentence shows what decided.
+
+    The estimate is that part's own, not the raw quotient: a device's repeats are capped, and a
+    first event counts once, so that a few bursting devices do not make the number.
+    """
     tau = engine.ratio_prior
     if repeats.i > 0 and levels.harm(repeats, tau) > first_events.harm(engine, ell):
         low, high = levels.band(repeats, tau)
-        return math.exp(max(low, -20.0)), math.exp(min(high, 20.0))
-    return first_events.band(engine, ell)
+        bounded = (max(-20.0, min(20.0, value)) for value in (repeats.estimate, low, high))
+        estimate, low, high = (math.exp(value) for value in bounded)
+        return estimate, low, high
+    return curves.peak(curves.ratio_grid(engine), ell), *first_events.band(engine, ell)
 
 
 def _ticks(gate: Gate, ticks: Iterable[EventTick], hardware: str | None) -> list[first_events.Tick]:
@@ -315,7 +320,7 @@ def _says_rate(
     gate: Gate,
     one: Mapping[str, float],
     zero: Mapping[str, float],
-    ratio: tuple[float, float],
+    ratio: tuple[float, float, float],
     margin: float,
     budget: tuple[float, str] | None,
 ) -> str:
@@ -330,8 +335,9 @@ def _says_rate(
     if not zero["devices"]:
         limit = f"no control, budget {_number(budget[0] * gate.scale)}" if budget else "no control"
         return f"{head} ({limit}); {tail}"
-    low, high = ratio
+    estimate, low, high = ratio
     if rate0 > 0:
+        head = f"{_words(gate.metric)} {_number(estimate * rate0)} per {per}"
         shown = f"{head} [{_number(low * rate0)}, {_number(high * rate0)}]"
     else:
         shown = f"{head}, at least {_number(low)} × control"
