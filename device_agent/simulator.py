@@ -442,7 +442,8 @@ class Device:
         digests = {c: slot.digest for c, slot in slots.items() if slot is not None}
         self.vehicle.switched(paths, digests)
         if self.vehicle.silent:
-            self._link.cut()
+            # The word of the switch itself still leaves: paho writes it at the loop's next turn.
+            self._loop.call_later(0.02, self._link.cut)
 
     def _follow_slots(self) -> None:
         """Another set runs: a new interval begins, nothing of it belongs to the old one."""
