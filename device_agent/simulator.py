@@ -157,6 +157,7 @@ class AsyncLink:
         self.up = False
         self.open = False
         self._cut = False
+        self._deaf = False
         self._client = mqtt.Client(
             mqtt.CallbackAPIVersion.VERSION2,
             client_id=identity.device,
@@ -179,7 +180,7 @@ class AsyncLink:
     def connect(self, topics: tuple[str, ...], will: tuple[str, bytes]) -> None:
         """Raises OSError when nobody listens."""
         self._topics = topics
-        self._cut = False
+        self._cut = self._deaf = False
         self._client.will_set(will[0], will[1], qos=1, retain=True)
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = SESSION_SECONDS
@@ -209,6 +210,11 @@ class AsyncLink:
             self._cut = True
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def fade(self) -> None:
+        """Hear nothing from now on; what was said a moment ago still leaves, then all is cut."""
+        self._deaf = True  # paho writes at the loop's next turn
+        self._loop.call_later(0.02, self.cut)
 
     def abandon(self) -> None:
         """Cut, and never heard of again: its owner has crashed."""
@@ -260,7 +266,7 @@ class AsyncLink:
             self._deliver(Disconnected())
 
     def _on_message(self, _client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
-        if self._cut:
+        if self._cut or self._deaf:
             return
         try:
             _device, channel = protocol.parse_topic(message.topic)
@@ -441,9 +447,8 @@ class Device:
         paths = {c: slot.path for c, slot in slots.items() if slot is not None}
         digests = {c: slot.digest for c, slot in slots.items() if slot is not None}
         self.vehicle.switched(paths, digests)
-        if self.vehicle.silent:
-            # The word of the switch itself still leaves: paho writes it at the loop's next turn.
-            self._loop.call_later(0.02, self._link.cut)
+        if self.vehicle.silent and self._agent is not None:
+            self._link.fade()
 
     def _follow_slots(self) -> None:
         """Another set runs: a new interval begins, nothing of it belongs to the old one."""
