@@ -11,14 +11,17 @@ need() {
   local package=$1
   shift
   if "$@" >/dev/null 2>&1; then return; fi
-  missing+=("$package")
+  case " ${missing[*]} " in *" $package "*) ;; *) missing+=("$package") ;; esac
 }
 
-have_postgresql() { ls /usr/lib/postgresql/*/bin/initdb || command -v initdb; }
+have_postgresql() { command -v initdb || ls /usr/lib/postgresql/*/bin/initdb; }
 have_dynsec() {
-  ls /usr/lib/*/mosquitto_dynamic_security.so /usr/lib/mosquitto_dynamic_security.so \
-    /opt/homebrew/lib/mosquitto_dynamic_security.so /usr/local/lib/mosquitto_dynamic_security.so \
-    2>/dev/null | grep -q .
+  local file
+  for file in /usr/lib/*/mosquitto_dynamic_security.so /usr/lib/mosquitto_dynamic_security.so \
+    /usr/local/lib/mosquitto_dynamic_security.so /opt/homebrew/lib/mosquitto_dynamic_security.so; do
+    if [ -e "$file" ]; then return 0; fi
+  done
+  return 1
 }
 
 install_missing() {
