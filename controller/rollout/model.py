@@ -73,6 +73,10 @@ class Member:
     left_at: float | None = None
     updated_at: float = 0.0
 
+    @property
+    def harmed(self) -> bool:
+        return self.state in (MemberState.FAILED, MemberState.SILENT)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:

@@ -212,7 +212,9 @@ def who_ran(world: World, fleet: str, release: str) -> list[str]:
             continue
         for member in world.members.get(rollout.id, {}).values():
             device = world.devices.get(member.device)
-            exposed = member.exposed_at is not None and member.arm is not Arm.CONTROL
+            # One that failed or fell silent before its first word ran it too.
+            ran_it = member.exposed_at is not None or member.harmed
+            exposed = ran_it and member.arm is not Arm.CONTROL
             if exposed and device is not None and device.governed and device.fleet == fleet:
                 ran.add(member.device)
     return sorted(ran)

@@ -90,8 +90,8 @@ def repeat(pairs: Iterable[Pair], min_events: float) -> Normal:
     """The log ratio of repeat rates; y = capped events, x = expected events per device."""
     total = Normal()
     for one, zero in pairs:
-        if min(one.y, zero.y) < min_events or min(one.x, zero.x) <= 0:
-            continue
+        if min(one.y, zero.y) < min_events or min(one.x, zero.x) <= 0 or min(one.n, zero.n) < 2:
+            continue  # one device alone says nothing of how devices differ
         delta = math.log((one.y / one.x) / (zero.y / zero.x))
         total += _corrected(delta, _clustered(one) + _clustered(zero), one.n + zero.n - 3)
     return total
