@@ -22,6 +22,7 @@ _NOUNS = (
     "devices",
     "release",
     "tokens",
+    "broker",
     "simulate",
     "evidence",
     "bench",
