@@ -29,6 +29,7 @@ from controller.recorder import Recorder
 from controller.rollout.world import Head
 from controller.store import rollouts as store
 from controller.store.tables import devices, holds, releases
+from telemetry import metrics
 from telemetry.store.database import reading, writing
 
 log = structlog.get_logger()
@@ -101,8 +102,10 @@ class GitWatch:
         try:
             fetched = self._repo.fetch()
         except RepoUnavailable as error:
+            metrics.count("bellwether_git_fetches_total", result="unavailable")
             self._note(now, heard=False, refused=str(error))
             return
+        metrics.count("bellwether_git_fetches_total", result="ok")
         commit = fetched.commit
         if commit == self._state.accepted and self._current is not None:
             self._note(now, heard=True, refused="", head=commit)

@@ -52,6 +52,7 @@ from controller.rollout.world import (
 )
 from controller.store import rollouts as store
 from device_agent.protocol import Kind, Reason
+from telemetry import metrics
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import bands, score
 from telemetry.store.database import reading, writing
@@ -327,6 +328,8 @@ class Loop:
                 store.prove(conn, *key, action.proven, None)
                 return {d.id for d in self._devices.values() if d.fleet == action.fleet}
             case Finish():
+                kind = next((c.kind for c in self._commands if c.id == action.command), "?")
+                metrics.count("bellwether_commands_total", kind=kind, result=action.state)
                 store.finish_command(conn, action.command, action.state, action.result, now)
                 self._commands = [c for c in self._commands if c.id != action.command]
             case Notice():
@@ -408,6 +411,7 @@ class Loop:
             subject=rollout.name,
             detail={"decision": name, "rollout": rollout.id, "sentence": decision.sentence},
         )
+        metrics.count("bellwether_decisions_total", verdict=decision.verdict)
         log.info(
             "decision",
             rollout=rollout.id,

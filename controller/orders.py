@@ -7,6 +7,7 @@ it can be repeated at any time, because an order is level state and the broker i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,6 +20,7 @@ from controller.rollout.desired import Catalog, Target
 from controller.rollout.model import Device, Order, Told
 from controller.store import rollouts as store
 from device_agent.protocol import Channel, ComponentOrder, Desired, Kind, timestamp, topic
+from telemetry import metrics
 from telemetry.report import DeviceRow
 from telemetry.store.database import reading, writing
 
@@ -135,13 +137,16 @@ class Outbox:
                 waiting = store.unpublished(conn, self._batch)
             if not waiting:
                 return sent
-            messages = [(topic(device, Channel.DESIRED), body) for device, body, _ in waiting]
+            messages = [(topic(device, Channel.DESIRED), body) for device, body, _, _ in waiting]
             taken = self._broker.publish(messages)
             done = [
                 (device, generation)
-                for (device, _, generation), ok in zip(waiting, taken, strict=True)
+                for (device, _, generation, _), ok in zip(waiting, taken, strict=True)
                 if ok
             ]
+            kinds = Counter(row[3] for row, ok in zip(waiting, taken, strict=True) if ok)
+            for kind, n in kinds.items():
+                metrics.count("bellwether_orders_published_total", n, kind=kind)
             with writing(self._engine) as conn:
                 store.mark_published(conn, done)
             sent += len(done)

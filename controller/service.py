@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from controller.store import devices as registry_rows
 from controller.store import rollouts as store
 from controller.store.database import open_control
 from controller.store.tables import devices
+from telemetry import metrics
 from telemetry.broker import Publisher
 from telemetry.store.database import open_engine, reading, writing
 from telemetry.store.reports import Store
@@ -141,7 +143,8 @@ def _turn(
                 connections = publisher.connections
                 with writing(engine) as conn:
                     store.unpublish_all(conn)
-            loop.tick(time.time())
+            with _timed():
+                loop.tick(time.time())
         except store.Fenced as error:
             log.error("fenced", detail=str(error))
             return
@@ -150,6 +153,17 @@ def _turn(
             stopping.wait(1.0)
         if bell.wait(interval):
             watch.wake()
+
+
+@contextlib.contextmanager
+def _timed() -> Iterator[None]:
+    began, result = time.perf_counter(), "error"
+    try:
+        yield
+        result = "ok"
+    finally:
+        metrics.count("bellwether_loop_ticks_total", result=result)
+        metrics.observe("bellwether_loop_tick_seconds", time.perf_counter() - began)
 
 
 def run_ingest(settings: Settings, stopping: threading.Event) -> None:
@@ -253,6 +267,7 @@ def _all(settings: Settings, stopping: threading.Event) -> int:
             stack.callback(ours.stop)
             settings = settings.model_copy(update={"broker": ours.url})
             log.info("broker", url=ours.url)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_fresh(settings.state_dir / "metrics"))
         children = [Child(role, settings) for role in ROLES]
         for child in children:
             child.start()
@@ -263,6 +278,13 @@ def _all(settings: Settings, stopping: threading.Event) -> int:
             if ours is not None and not ours.alive:
                 _restart_broker(ours, _passwords(engine, secret))
     return 0
+
+
+def _fresh(directory: Path) -> Path:
+    """An empty directory: counters begin with the service."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
 
 
 def _restart_broker(broker: BrokerChild, accounts: list[tuple[str, str]]) -> None:

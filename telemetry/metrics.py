@@ -1,14 +1,25 @@
 """Every Prometheus name and label, in one list; all packages count here.
 
 Labels never hold a device id: their values must stay few however large the fleet is.
+
+The roles are processes: `bellwether serve` names a directory in PROMETHEUS_MULTIPROC_DIR, each
+process keeps its values there, and whichever is asked answers for all of them.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
 
 
 class Kind(Enum):
@@ -71,8 +82,15 @@ def _made(metric: Metric) -> Counter | Gauge | Histogram:
         return Histogram(
             metric.name, metric.help, metric.labels, buckets=_SECONDS, registry=REGISTRY
         )
-    make = Counter if metric.kind is Kind.COUNTER else Gauge
-    return make(metric.name, metric.help, metric.labels, registry=REGISTRY)
+    if metric.kind is Kind.COUNTER:
+        return Counter(metric.name, metric.help, metric.labels, registry=REGISTRY)
+    return Gauge(
+        metric.name,
+        metric.help,
+        metric.labels,
+        registry=REGISTRY,
+        multiprocess_mode="mostrecent",
+    )
 
 
 _MADE = {metric.name: _made(metric) for metric in METRICS}
@@ -102,4 +120,13 @@ def observe(name: str, value: float, /, **labels: str) -> None:
 
 def render() -> bytes:
     """The exposition text of `GET /metrics`."""
-    return generate_latest(REGISTRY)
+    if not shared():
+        return generate_latest(REGISTRY)
+    everybody = CollectorRegistry()
+    multiprocess.MultiProcessCollector(everybody)  # type: ignore[no-untyped-call]
+    return generate_latest(everybody)
+
+
+def shared() -> bool:
+    """Do several processes answer as one?"""
+    return "PROMETHEUS_MULTIPROC_DIR" in os.environ

@@ -245,7 +245,7 @@ def prometheus(request: Request, deps: Given, who: Viewer) -> Response:
 def _refusal_metrics(request: Request, deps: Deps) -> None:
     """What the ingest refused: counted by its own process, kept in the store, added here."""
     refusals = getattr(deps.reader, "refusals", None)
-    if refusals is None:
+    if refusals is None or metrics.shared():
         return
     shown: dict[str, int] = request.app.state.refused
     for reason, number in refusals().items():

@@ -184,15 +184,15 @@ def load_releases(conn: Connection) -> dict[str, Mapping[str, Any]]:
     return {row.name: row.document for row in rows}
 
 
-def unpublished(conn: Connection, limit: int = 5_000) -> list[tuple[str, bytes, int]]:
-    """(device, envelope, generation) of orders that the broker may not have yet."""
+def unpublished(conn: Connection, limit: int = 5_000) -> list[tuple[str, bytes, int, str]]:
+    """(device, envelope, generation, kind) of orders that the broker may not have yet."""
     rows = conn.execute(
-        select(desired.c.device, desired.c.body, desired.c.generation)
+        select(desired.c.device, desired.c.body, desired.c.generation, desired.c.kind)
         .where(desired.c.published.is_(False))
         .order_by(desired.c.at)
         .limit(limit)
     )
-    return [(row.device, row.body, row.generation) for row in rows]
+    return [(row.device, row.body, row.generation, row.kind) for row in rows]
 
 
 # -- writing --------------------------------------------------------------------------------------
