@@ -22,17 +22,22 @@ def duration(value: object) -> timedelta:
     if isinstance(value, timedelta):
         found = value
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        found = timedelta(seconds=value)
+        found = _seconds(float(value))
     elif isinstance(value, str) and value == "0":
         found = timedelta()
     elif isinstance(value, str) and _DURATION.match(value) and not _DURATION.sub("", value):
         parts = _DURATION.findall(value)
-        found = timedelta(seconds=sum(float(n) * _SECONDS[unit] for n, unit in parts))
+        found = _seconds(sum(float(n) * _SECONDS[unit] for n, unit in parts))
     else:
         raise ValueError(f"{value!r} is no duration: write 30s, 15m, 24h or 14d")
     if not timedelta() <= found <= LONGEST:
         raise ValueError(f"{value!r} is out of range: 0s to 3650d")
     return found
+
+
+def _seconds(amount: float) -> timedelta:
+    # Beyond the longest allowed (NaN too) a timedelta might not hold it: any such one will do.
+    return timedelta(seconds=amount) if 0 <= amount < 1e9 else LONGEST + timedelta(days=1)
 
 
 def share(value: object) -> float:

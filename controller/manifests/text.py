@@ -18,6 +18,11 @@ MOST_DOCUMENTS = 5_000
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PLAIN_TAGS = frozenset({f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")})
+# What the loader guesses of plain text; any other tag was written by somebody.
+_SCALAR_TAGS = frozenset(
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
+)
 
 Place = tuple[int, int]  # line and column, from 1
 
@@ -147,8 +152,7 @@ def _mapping(
 
 def _scalar(node: Any, path: tuple[str | int, ...]) -> str:
     # The loader resolves `10.10` to a float tag but keeps the text: the text is what counts.
-    standard = node.tag.startswith("tag:yaml.org,2002:")
-    if not standard or node.tag in ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:python"):
+    if node.tag not in _SCALAR_TAGS:
         raise _Refused(node, f"tags ({node.tag}) are not allowed", path)
     return str(node.value)
 
