@@ -14,7 +14,12 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.story, pytest.mark.timeout(600)]
+# One after the other: a story fills the machine, and a starved device looks silent.
+pytestmark = [
+    pytest.mark.story,
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("story"),
+]
 
 FORCED = """\
 import dataclasses
