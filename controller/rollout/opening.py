@@ -31,6 +31,8 @@ from controller.rollout.waves import pin
 from controller.rollout.world import Action, Change, Decision, Head, Notice, Open, Put, World
 from telemetry.report import DeviceRow
 
+FEWEST = 8  # devices that ran the faulty release: fewer, halved, prove nothing by themselves
+
 
 def decide(world: World, now: float) -> Iterator[Action]:
     if world.head is None:
@@ -120,7 +122,9 @@ def _open(
     now: float,
 ) -> Iterator[Action]:
     ran = who_ran(world, fleet.name, release.fixes) if release.fixes else []
-    pinned = pin(wanted, fleet, policy, release, fixes=release.fixes if len(ran) >= 2 else None)
+    pinned = pin(
+        wanted, fleet, policy, release, fixes=release.fixes if len(ran) >= FEWEST else None
+    )
     times = sum(1 for r in world.rollouts.values() if r.name == wanted.name)
     # One commit opens one rollout of a name: its id follows from them, so that a controller that
     # died after the opening finds the same one again.
