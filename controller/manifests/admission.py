@@ -15,7 +15,16 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from cronsim import CronSim, CronSimError
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from controller.manifests.kinds import Expression, Fleet, Operator, Release, Rollout, Selector
+from controller.manifests.kinds import (
+    Expression,
+    Fleet,
+    OfflineAction,
+    OnUnknown,
+    Operator,
+    Release,
+    Rollout,
+    Selector,
+)
 from controller.manifests.reader import Manifests, Problem, Reading
 from controller.manifests.text import dotted
 from telemetry.policy import Preset
@@ -216,17 +225,25 @@ class _Rules:
     # -- not in force yet -------------------------------------------------------------------------
 
     def not_yet(self) -> Iterator[Problem]:
+        for fleet in self._all.fleets.values():
+            if fleet.on_unknown is OnUnknown.ADOPT:
+                yield self._notice("Fleet", fleet.name, ("spec", "onUnknown"))
         for release in self._all.releases.values():
             fields: list[tuple[str, bool]] = [
                 ("installer", release.installer != "slots"),
                 ("sbom", release.sbom is not None),
                 ("metrics", any(revision != 1 for revision in release.metrics.values())),
+                ("rollback.to", bool(release.rollback.to)),
             ]
             yield from self._notices("Release", release.name, fields)
         for rollout in self._all.rollouts.values():
+            strategy = rollout.strategy
             fields = [
                 ("urgency", rollout.urgency is not None),
                 ("holdout", rollout.holdout is not None),
+                ("strategy.offline.action", strategy.offline.action is not OfflineAction.DEFER),
+                ("strategy.onInconclusive", strategy.on_inconclusive.action == "grow"),
+                ("rollback.pace", rollout.rollback.pace != "immediate"),
             ]
             yield from self._notices("Rollout", rollout.name, fields)
             for i, step in enumerate(rollout.strategy.steps):
@@ -245,7 +262,7 @@ class _Rules:
     ) -> Iterator[Problem]:
         for field, used in fields:
             if used:
-                yield self._notice(kind, name, ("spec", field))
+                yield self._notice(kind, name, ("spec", *field.split(".")))
 
     # -- problems ---------------------------------------------------------------------------------
 

@@ -253,7 +253,7 @@ def _obey(command: Command, rollout: Rollout, now: float) -> Rollout | None:
             sentence=f"RESUMED by {command.actor}{because}",
             revision=rollout.revision + 1,
             updated_at=now,
-            flags={**flags, "extended_at": rollout.soak},
+            flags={**flags, "extended_at": rollout.soak, "resumed_at": now},
         )
     if command.kind == "promote" and rollout.active:
         flags = {k: v for k, v in rollout.flags.items() if k != "paused_by"}

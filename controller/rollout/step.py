@@ -638,12 +638,17 @@ def _wait(
     now: float,
 ) -> Iterator[Action]:
     state, sentence = rollout.state, judgement.sentence
+    if state is RolloutState.INCONCLUSIVE:
+        sentence = rollout.sentence  # why it waits for a person stays said until one decides
     if state is not RolloutState.INCONCLUSIVE:
         state = RolloutState.SOAKING if soaking else RolloutState.PROGRESSING
         if not soaking:
             held = _held_back(world, rollout)
             sentence = f"PROGRESSING — {wave.name}: {seen.words()}"
             sentence += f"; {held}" if held else ""
+    overdue = _overdue(rollout, pinned, now)
+    if overdue and state in ADMITTING:
+        state, sentence = RolloutState.INCONCLUSIVE, f"INCONCLUSIVE — {overdue}; {sentence}"
     extended = float(rollout.flags.get("extended_at", 0.0))
     if judgement.verdict is Verdict.INCONCLUSIVE and state is RolloutState.SOAKING:
         limit = wave.step.max_soak.total_seconds() if wave.step.max_soak else 0.0
@@ -668,6 +673,15 @@ def _wait(
             inputs=case.to_json(),
             numbers=judgement.numbers,
         )
+
+
+def _overdue(rollout: Rollout, pinned: Pinned, now: float) -> str:
+    """Why a person should look: the rollout is older than its progress deadline."""
+    deadline = pinned.rollout.strategy.progress_deadline
+    since = float(rollout.flags.get("resumed_at", rollout.opened_at))
+    if now - since <= deadline.total_seconds():
+        return ""
+    return f"the progress deadline of {deadline} has passed: `resume` gives it another"
 
 
 def _inconclusive(

@@ -535,3 +535,31 @@ def test_rolling_back_a_component_rolls_back_what_requires_it(tmp_path: Path) ->
     story.run(5)
     assert story.versions("battery") == {"b1": 20}
     assert story.versions("app") == {"1": 20}
+
+
+def test_a_passed_deadline_asks_a_person_and_resume_gives_another(story: Story) -> None:
+    slow = [{"cohort": "canary", "soak": "1h", "margins": MARGINS}, {"cohort": "general"}]
+    deadline = {"progressDeadline": "20s"}
+    story.commit(*base(), rollout("cars", "app-2", steps=slow, strategy=deadline))
+    story.run(25)
+    assert story.rollout().state == "Inconclusive"
+    assert "the progress deadline of 0:00:20 has passed" in story.rollout().sentence
+    story.command("resume")
+    story.run(5)
+    assert story.rollout().state == "Soaking"
+
+
+def test_a_fix_goes_first_to_the_devices_that_ran_the_fault(story: Story) -> None:
+    story.world.broken.add(DIGESTS["2"])
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(8)
+    assert story.rollout().state == "RolledBack"
+    story.commit(*base(), release("3", name="app-fix", fixes="app-2"), rollout("cars", "app-fix"))
+    story.run(1)
+    with reading(story.engine) as conn:
+        drawn = conn.execute(
+            select(decisions.c.sentence).where(decisions.c.kind == "draw").order_by(decisions.c.id)
+        ).all()[-1]
+    assert "app-2's devices" in drawn.sentence
+    story.run(60)
+    assert story.versions() == {"3": 40}
