@@ -8,19 +8,16 @@ against the control's silence; only one that never confirmed is a failed update.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from controller.rollout.follow import AFTER_COMMIT
 from controller.rollout.gate import AbortFailed, Case, Outcome, Past, Silence, StepLimits
 from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
+from controller.rollout.standing import Standing
 from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import World
 from device_agent.protocol import State
 from telemetry.evidence.observations import Observations
 from telemetry.policy import GateType
-
-if TYPE_CHECKING:
-    from controller.rollout.step import Standing
 
 GROSS_RATIO = 12.0  # a rise that even a few devices refute
 CLEAN_DEVICES = 4.0  # ÷ n: the share that n devices without failure refute at β = 0.10

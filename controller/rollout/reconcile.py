@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from controller.rollout import opening, step
+from controller.rollout import opening, standing, step
 from controller.rollout.model import (
     ACTIVE,
     ActiveHold,
@@ -129,10 +129,10 @@ def _going_back(
         return
     told = [m for m in members.values() if m.arm is not Arm.CONTROL and m.state not in _NEVER_TOLD]
     away = [m for m in told if m.state is not MemberState.BACK]
-    patience = step.patience(world, rollout)
+    patience = standing.patience(world, rollout)
     bound = [m for m in away if _has_nowhere_to_go(world, rollout, hold, m, now)]
     away = [m for m in away if m not in bound]
-    if any(step.reachable(world, m.device, patience, now) for m in away):
+    if any(standing.reachable(world, m.device, patience, now) for m in away):
         return
     n = len(told) - len(away) - len(bound)
     sentence = rollout.sentence.replace("ROLLING BACK", "ROLLED BACK")

@@ -1,0 +1,314 @@
+"""Decides what follows from the gate's word: roll back, go on, complete, wait, ask a person.
+
+Pure. Soak is time in which enough of the updated members reported; it starts when enough of the
+step is decided. A step widens when it is soaked, proven and settled; the last one completes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from controller.manifests.kinds import OnFailure, OnInconclusive
+from controller.rollout import case as casework
+from controller.rollout import telling
+from controller.rollout.gate import Judgement, Verdict, judge
+from controller.rollout.model import (
+    ADMITTING,
+    Arm,
+    MemberState,
+    Proven,
+    Rollout,
+    RolloutState,
+)
+from controller.rollout.standing import Standing, standing
+from controller.rollout.waves import Pinned, Wave
+from controller.rollout.world import Action, Change, Decision, Prove, Reject, World
+
+SOAK_GRAIN = 0.25  # seconds: soak is written no finer than this
+
+
+def judge_step(
+    world: World, rollout: Rollout, pinned: Pinned, wave: Wave, now: float
+) -> Iterator[Action]:
+    seen = standing(world, rollout, now)
+    rollout, soaked = _soak(world, rollout, pinned, seen, now)
+    case = casework.build(world, rollout, pinned, wave, seen, now)
+    judgement = judge(case)
+    if judgement.verdict is Verdict.ROLL_BACK:
+        yield from _reject(world, rollout, pinned, case, judgement, now)
+        return
+    if rollout.state is RolloutState.PAUSED:
+        return
+    if _passes(rollout, wave, seen, judgement, pinned):
+        yield from _pass(world, rollout, pinned, wave, seen, case, judgement, now)
+        return
+    yield from _wait(world, rollout, pinned, wave, seen, case, judgement, soaked, now)
+
+
+def _soak(
+    world: World, rollout: Rollout, pinned: Pinned, seen: Standing, now: float
+) -> tuple[Rollout, bool]:
+    """The rollout with its soak advanced to now, and whether the step is soaking at all."""
+    share = pinned.rollout.strategy.min_reporting
+    near = seen.decided + seen.waiting + seen.untold
+    begun = near == 0 or seen.decided >= share * near
+    heard = seen.reporting >= share * seen.updated
+    if not (begun and heard) or rollout.state not in ADMITTING:
+        return replace(rollout, soak_mark=None), False
+    mark = rollout.soak_mark if rollout.soak_mark is not None else now
+    if now - mark < SOAK_GRAIN and rollout.soak_mark is not None:
+        return rollout, True
+    return replace(rollout, soak=rollout.soak + (now - mark), soak_mark=now), True
+
+
+def _passes(
+    rollout: Rollout, wave: Wave, seen: Standing, judgement: Judgement, pinned: Pinned
+) -> bool:
+    if rollout.flags.get("promoted") == rollout.step:
+        return True
+    if rollout.state is RolloutState.INCONCLUSIVE:
+        return False
+    last = rollout.step == len(pinned.waves) - 1
+    open_ends = seen.waiting + seen.untold
+    near = seen.decided + open_ends
+    settled = open_ends == 0 if last else seen.decided >= _min_share(pinned) * near
+    if not settled or seen.untold:
+        return False
+    if seen.size == 0 and not last:
+        return True  # the percent was reached by earlier steps: there is nobody new to learn from
+    if judgement.verdict is Verdict.WIDEN:
+        return True
+    # The last step has nothing left to widen to: soaked without a word against it, it completes,
+    # and its sentence says what stayed unproven.
+    return last and rollout.soak >= wave.step.soak.total_seconds() and seen.silent == 0
+
+
+def _min_share(pinned: Pinned) -> float:
+    return pinned.rollout.strategy.min_reporting
+
+
+def _reject(
+    world: World,
+    rollout: Rollout,
+    pinned: Pinned,
+    case: casework.Case,
+    judgement: Judgement,
+    now: float,
+) -> Iterator[Action]:
+    strategy = pinned.rollout.strategy
+    to = "stay" if strategy.on_failure is OnFailure.HOLD else str(pinned.rollout.rollback.to)
+    if not pinned.release.rollback.possible:
+        to = "stay"  # ONE-WAY: a bad verdict becomes stop, page and fix-forward
+    actor = f"policy {pinned.policy.name}"
+    yield Decision(
+        rollout=rollout.id,
+        kind="verdict",
+        verdict=str(judgement.verdict),
+        sentence=judgement.sentence,
+        inputs=case.to_json(),
+        numbers=judgement.numbers,
+    )
+    binding = str(judgement.numbers.get("binding", ""))
+    yield Change(rollout=replace(rollout, flags={**rollout.flags, "stopped_by": binding}))
+    yield Reject(rollout=rollout.id, to=to, reason=judgement.sentence, actor=actor)
+
+
+def _pass(
+    world: World,
+    rollout: Rollout,
+    pinned: Pinned,
+    wave: Wave,
+    seen: Standing,
+    case: casework.Case,
+    judgement: Judgement,
+    now: float,
+) -> Iterator[Action]:
+    promoted = rollout.flags.get("promoted") == rollout.step
+    last = rollout.step == len(pinned.waves) - 1
+    if wave.step.pause is not None and not promoted and not last:
+        yield from _pause(rollout, wave, judgement, now)
+        return
+    sentence = _passed_sentence(rollout, wave, seen, judgement, promoted)
+    yield Decision(
+        rollout=rollout.id,
+        kind="verdict",
+        verdict=str(Verdict.WIDEN) if not last else "complete",
+        sentence=sentence,
+        inputs=case.to_json(),
+        numbers=judgement.numbers,
+    )
+    if not last:
+        yield Change(
+            rollout=replace(
+                rollout,
+                state=RolloutState.PROGRESSING,
+                sentence=sentence,
+                step=rollout.step + 1,
+                revision=rollout.revision + 1,
+                updated_at=now,
+            )
+        )
+        return
+    yield from _complete(world, rollout, pinned, sentence, now)
+
+
+def _passed_sentence(
+    rollout: Rollout, wave: Wave, seen: Standing, judgement: Judgement, promoted: bool
+) -> str:
+    if promoted:
+        by = rollout.flags.get("promoted_by", "a person")
+        return (
+            f"WIDENED by {by} after {wave.name} ({seen.words()}); gate said: {judgement.sentence}"
+        )
+    if judgement.verdict is Verdict.WIDEN:
+        return judgement.sentence
+    if seen.size == 0:
+        return f"WIDENED — {wave.name}: reached by earlier steps, nobody new in it"
+    return f"COMPLETED — {wave.name}: {seen.words()}; not proven at this size: {judgement.sentence}"
+
+
+def _pause(rollout: Rollout, wave: Wave, judgement: Judgement, now: float) -> Iterator[Action]:
+    sentence = f"PAUSED — {wave.name} is proven, the step waits for `promote`; {judgement.sentence}"
+    yield Change(
+        rollout=replace(
+            rollout,
+            state=RolloutState.PAUSED,
+            sentence=sentence,
+            revision=rollout.revision + 1,
+            updated_at=now,
+        )
+    )
+    yield Decision(rollout=rollout.id, kind="state", verdict="Paused", sentence=sentence)
+
+
+def _complete(
+    world: World, rollout: Rollout, pinned: Pinned, sentence: str, now: float
+) -> Iterator[Action]:
+    members = world.members.get(rollout.id, {}).values()
+    ours = [m for m in members if m.arm is not Arm.CONTROL and m.state is not MemberState.LEFT]
+    away = [m.device for m in ours if m.state in (MemberState.TOLD, MemberState.DRAWN)]
+    updated = sum(m.state is MemberState.UPDATED for m in ours)
+    tail = f", {len(away)} not reached yet: each gets it at its next contact" if away else ""
+    proof = sentence.removeprefix("WIDENED — ").removeprefix("COMPLETED — ")
+    sentence = f"COMPLETED — {rollout.release} on {updated} of {len(ours)} devices{tail}; {proof}"
+    hardware = {d.hardware for d in world.devices.values() if d.fleet == rollout.fleet}
+    for component, digest in sorted(rollout.artifacts.items()):
+        for kind in sorted(hardware):
+            proven = Proven(release=rollout.release, digest=digest, at=now)
+            yield Prove(fleet=rollout.fleet, component=component, hardware=kind, proven=proven)
+    yield Change(
+        rollout=replace(
+            rollout,
+            state=RolloutState.COMPLETED,
+            sentence=sentence,
+            revision=rollout.revision + 1,
+            finished_at=now,
+            updated_at=now,
+        )
+    )
+    yield Decision(
+        rollout=rollout.id,
+        kind="state",
+        verdict="Completed",
+        sentence=sentence,
+        inputs={"updated": updated, "unreached": sorted(away)[:1000]},
+    )
+
+
+def _wait(
+    world: World,
+    rollout: Rollout,
+    pinned: Pinned,
+    wave: Wave,
+    seen: Standing,
+    case: casework.Case,
+    judgement: Judgement,
+    soaking: bool,
+    now: float,
+) -> Iterator[Action]:
+    state, sentence = rollout.state, judgement.sentence
+    if state is RolloutState.INCONCLUSIVE:
+        sentence = rollout.sentence  # why it waits for a person stays said until one decides
+    if state is not RolloutState.INCONCLUSIVE:
+        state = RolloutState.SOAKING if soaking else RolloutState.PROGRESSING
+        if not soaking:
+            held = telling.held_back(world, rollout)
+            sentence = f"PROGRESSING — {wave.name}: {seen.words()}"
+            sentence += f"; {held}" if held else ""
+    overdue = _overdue(rollout, pinned, now)
+    if overdue and state in ADMITTING:
+        state, sentence = RolloutState.INCONCLUSIVE, f"INCONCLUSIVE — {overdue}; {sentence}"
+    extended = float(rollout.flags.get("extended_at", 0.0))
+    if judgement.verdict is Verdict.INCONCLUSIVE and state is RolloutState.SOAKING:
+        limit = wave.step.max_soak.total_seconds() if wave.step.max_soak else 0.0
+        if rollout.soak - extended >= limit:
+            state, more = _inconclusive(rollout, pinned, seen, case, judgement, now)
+            if more:
+                yield from more
+                return
+    flags = {**rollout.flags, "verdict": str(judgement.verdict)}
+    after = replace(rollout, state=state, sentence=sentence, flags=flags)
+    stored = world.rollouts[rollout.id]
+    if after == stored:
+        return
+    changed = state is not stored.state
+    yield Change(rollout=replace(after, revision=rollout.revision + changed, updated_at=now))
+    if changed or stored.flags.get("verdict") != str(judgement.verdict):
+        yield Decision(
+            rollout=rollout.id,
+            kind="verdict",
+            verdict=str(judgement.verdict),
+            sentence=sentence,
+            inputs=case.to_json(),
+            numbers=judgement.numbers,
+        )
+
+
+def _overdue(rollout: Rollout, pinned: Pinned, now: float) -> str:
+    """Why a person should look: the rollout is older than its progress deadline."""
+    deadline = pinned.rollout.strategy.progress_deadline
+    since = float(rollout.flags.get("resumed_at", rollout.opened_at))
+    if now - since <= deadline.total_seconds():
+        return ""
+    return f"the progress deadline of {deadline} has passed: `resume` gives it another"
+
+
+def _inconclusive(
+    rollout: Rollout,
+    pinned: Pinned,
+    seen: Standing,
+    case: casework.Case,
+    judgement: Judgement,
+    now: float,
+) -> tuple[RolloutState, list[Action]]:
+    """What the policy wants after the maximum soak: (state, actions that replace the wait)."""
+    rule: OnInconclusive = pinned.rollout.strategy.on_inconclusive
+    if rule.action == "rollback":
+        decision = Decision(
+            rollout=rollout.id,
+            kind="verdict",
+            verdict=str(judgement.verdict),
+            sentence=judgement.sentence,
+            inputs=case.to_json(),
+            numbers=judgement.numbers,
+        )
+        reject = Reject(
+            rollout=rollout.id,
+            to=str(pinned.rollout.rollback.to),
+            reason=judgement.sentence,
+            actor=f"policy {pinned.policy.name}",
+        )
+        return rollout.state, [decision, reject]
+    if rule.action in ("extend", "grow"):
+        return RolloutState.SOAKING, []
+    if rule.action == "proceed" and rule.allows(
+        healthy=seen.updated, soaked=rollout.soak, devices=seen.size
+    ):
+        flags = {
+            **rollout.flags,
+            "promoted": rollout.step,
+            "promoted_by": "policy (UNPROVEN, proceed)",
+        }
+        return rollout.state, [Change(rollout=replace(rollout, flags=flags, updated_at=now))]
+    return RolloutState.INCONCLUSIVE, []
