@@ -17,9 +17,7 @@ from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import World
 from device_agent.protocol import State
 from telemetry.evidence.observations import Observations
-from telemetry.policy import GateType
 
-GROSS_RATIO = 12.0  # a rise that even a few devices refute
 CLEAN_DEVICES = 4.0  # ÷ n: the share that n devices without failure refute at β = 0.10
 
 __all__ = ["Case", "build"]
@@ -44,7 +42,8 @@ def build(
             min_reporting=strategy.min_reporting,
             reporting=seen.reporting,
             updated=seen.updated,
-            margins=_margins(world, pinned, wave, rollout, members),
+            margins=_margins(wave, rollout, members),
+            fix=wave.fixes is not None,
         ),
         observations=world.observations.get(rollout.id, Observations()),
         outcomes=_outcomes(world, rollout, members),
@@ -57,36 +56,17 @@ def build(
     )
 
 
-def _margins(
-    world: World, pinned: Pinned, wave: Wave, rollout: Rollout, members: list[Member]
-) -> dict[str, float]:
+def _margins(wave: Wave, rollout: Rollout, members: list[Member]) -> dict[str, float]:
     """The step's own margins. A fix's first wave is as large as the fault was: few devices prove
-    less, and expose fewer. The share to refute is what so many clean devices can refute; the rate
-    that stopped the faulty release is judged at the loosest early margin, the others only for
-    gross harm: the normal steps, none skipped, judge them again.
+    less, and expose fewer, so that the share to refute is what so many clean devices can refute.
     """
     margins = dict(wave.step.margins)
-    if not wave.fixes:
-        return margins
-    size = sum(m.step == rollout.step and m.arm is Arm.EXPOSED for m in members)
-    for name in ("failed", "lost"):
-        provable = min(0.9, CLEAN_DEVICES / max(size, 1))
-        margins[name] = max(margins.get(name, 0.0), provable)
-    policy = pinned.policy.judged
-    stopped_by = _stopped_by(world, rollout, wave.fixes)
-    early = max(margins.get("ratio", 0.0), *policy.engine.ratio_margins)
-    for gate in policy.of(GateType.RATE):
-        gross = early if gate.metric == stopped_by else max(early, GROSS_RATIO)
-        margins[gate.metric] = max(margins.get(gate.metric, 0.0), gross)
+    if wave.fixes:
+        size = sum(m.step == rollout.step and m.arm is Arm.EXPOSED for m in members)
+        for name in ("failed", "lost"):
+            provable = min(0.9, CLEAN_DEVICES / max(size, 1))
+            margins[name] = max(margins.get(name, 0.0), provable)
     return margins
-
-
-def _stopped_by(world: World, rollout: Rollout, release: str) -> str:
-    """The guardrail that spoke loudest when that release was rejected; empty: a person did."""
-    for other in sorted(world.rollouts.values(), key=lambda r: r.opened_at, reverse=True):
-        if other.release == release and other.fleet == rollout.fleet:
-            return str(other.flags.get("stopped_by", ""))
-    return ""
 
 
 def _outcomes(world: World, rollout: Rollout, members: list[Member]) -> tuple[Outcome, ...]:

@@ -80,6 +80,7 @@ class StepLimits:
     reporting: int = 0
     updated: int = 0
     margins: Mapping[str, float] = field(default_factory=dict)  # ratio, failed, lost, <metric>
+    fix: bool = False  # a fix's first wave: too few devices to prove a rate or a level safe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,7 +385,12 @@ def _missing(case: Case, readings: list[Reading], proofs: list[_Shares]) -> list
         if not proof.safe >= enough:  # NaN passes no gate
             found.append((_rank(proof.safe), proof.name, proof.lacks))
     for reading in readings:
-        if reading.safe is not None and not reading.dry_run and not reading.safe >= enough:
+        if reading.safe is None or reading.dry_run:
+            continue
+        # So few devices vary too much between them to prove it, however long they drive: of a fix's
+        # first wave no evidence of harm is asked; the normal steps, none skipped, prove the rest.
+        harmless = step.fix and not math.isnan(reading.safe) and reading.harm < enough
+        if not harmless and not reading.safe >= enough:
             words = f"{reading.name}: {reading.lacks}"
             found.append((_rank(reading.safe), reading.name, words))
     if not step.reporting >= step.min_reporting * step.updated or step.updated <= 0:

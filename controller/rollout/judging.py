@@ -109,8 +109,6 @@ def _reject(
         inputs=case.to_json(),
         numbers=judgement.numbers,
     )
-    binding = str(judgement.numbers.get("binding", ""))
-    yield Change(rollout=replace(rollout, flags={**rollout.flags, "stopped_by": binding}))
     yield Reject(rollout=rollout.id, to=to, reason=judgement.sentence, actor=actor)
 
 
