@@ -24,6 +24,8 @@ have_dynsec() {
   return 1
 }
 
+have_fonts() { ls /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf || fc-list | grep -q .; }
+
 install_missing() {
   if [ ${#missing[@]} -eq 0 ]; then return; fi
   if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
