@@ -45,12 +45,12 @@ def draw_step(
         inside = cohorts[cohort.name]
         if wave.index == len(pinned.waves) - 1 and wave.step.percent == 1:
             inside = inside + _passed_by(pinned, cohorts, cohort.name, already)
-        runs = frozenset(c.device.id for c in inside if _runs(world, rollout, c.device))
+        there = frozenset(c.device.id for c in inside if runs(world, rollout, c.device))
         drawn = draw(
             cohort,
-            inside=[c for c in inside if _may_take(world, rollout, pinned, c.device)],
-            everybody=[c for c in everybody if not _runs(world, rollout, c.device)],
-            already=already | runs,
+            inside=[c for c in inside if may_take(world, rollout, pinned, c.device)],
+            everybody=[c for c in everybody if not runs(world, rollout, c.device)],
+            already=already | there,
             percent=wave.step.percent,
             seed=seed,
             whole=len(inside),
@@ -149,12 +149,12 @@ def _candidates(world: World, rollout: Rollout, pinned: Pinned) -> list[Candidat
     fits = [
         device
         for device in world.devices.values()
-        if device.fleet == rollout.fleet and device.governed and _compatible(pinned, device)
+        if device.fleet == rollout.fleet and device.governed and compatible(pinned, device)
     ]
     return scored(fits, score.values if score else {})
 
 
-def _compatible(pinned: Pinned, device: Device) -> bool:
+def compatible(pinned: Pinned, device: Device) -> bool:
     for artifact in pinned.release.artifacts:
         for label, allowed in artifact.compatible.items():
             if device.labels.get(label) not in allowed:
@@ -162,7 +162,7 @@ def _compatible(pinned: Pinned, device: Device) -> bool:
     return True
 
 
-def _may_take(world: World, rollout: Rollout, pinned: Pinned, device: Device) -> bool:
+def may_take(world: World, rollout: Rollout, pinned: Pinned, device: Device) -> bool:
     """Is what the device runs an allowed source of this release?"""
     row, release = world.seen.get(device.id), pinned.release
     if row is None or not release.upgrades_from:
@@ -181,7 +181,7 @@ def _may_take(world: World, rollout: Rollout, pinned: Pinned, device: Device) ->
     return True
 
 
-def _runs(world: World, rollout: Rollout, device: Device) -> bool:
+def runs(world: World, rollout: Rollout, device: Device) -> bool:
     row = world.seen.get(device.id)
     return row is not None and runs_target(row, rollout, committed=True)
 
