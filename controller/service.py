@@ -45,6 +45,7 @@ from telemetry import metrics
 from telemetry.broker import Publisher
 from telemetry.store.database import open_engine, reading, writing
 from telemetry.store.reports import Store
+from telemetry.store.schema import NewerSchema
 from telemetry.store.tables import create_schema
 
 log = structlog.get_logger()
@@ -248,7 +249,7 @@ def serve(settings: Settings) -> int:
         if settings.role == "all":
             return _all(settings, stopping)
         RUN[settings.role](settings, stopping)
-    except AlreadyRunning as error:
+    except (AlreadyRunning, NewerSchema) as error:
         print(f"bellwether: {error}", file=sys.stderr)  # noqa: T201
         return 1
     return 0

@@ -7,6 +7,8 @@ JSON columns hold plain data; what is judged later (policies, inputs) is stored 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -24,7 +26,15 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+from telemetry.store.schema import Schema
+
 metadata = MetaData()
+SCHEMA = Schema(
+    name="control",
+    metadata=metadata,
+    folder=Path(__file__).parent / "migrations",
+    lock=0x62775F6374,  # "bw_ct"
+)
 Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER keys only
 
 meta = Table(  # term, schema facts, Git head: one value a key

@@ -6,6 +6,8 @@ can share one PostgreSQL database with the control tables. Times are Unix second
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -20,15 +22,17 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    func,
-    insert,
-    select,
 )
 
-from telemetry.store.database import writing
+from telemetry.store.schema import Schema, bring_to_head
 
 metadata = MetaData()
-_SCHEMA_LOCK = 0x62775F746D  # "bw_tm"
+SCHEMA = Schema(
+    name="telemetry",
+    metadata=metadata,
+    folder=Path(__file__).parent / "migrations",
+    lock=0x62775F746D,  # "bw_tm"
+)
 
 state = Table(  # one row: every batch updates it first, which puts all commits in one order
     "telemetry_state",
@@ -128,14 +132,5 @@ Index("telemetry_health_received", health.c.received_at)
 
 
 def create_schema(engine: Engine) -> None:
-    """All tables and the one row of `telemetry_state`, where they do not exist yet.
-
-    Several processes may do it at once: SQLite's write lock or an advisory lock lets one go first.
-    """
-    with writing(engine) as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
-        metadata.create_all(connection)
-        if connection.execute(select(state.c.id)).first() is None:
-            row = {"id": 1, "batch": 0, "hearing": 0.0, "hearing_at": 0.0}
-            connection.execute(insert(state).values(row))
+    """All tables at their newest revision, and the one row of `telemetry_state`."""
+    bring_to_head(engine, SCHEMA)
