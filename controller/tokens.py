@@ -10,24 +10,18 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from sqlalchemy import Engine
 
 from controller import audit, ulid
+from controller.roles import Grant, Principal, Role
 from controller.store import tokens as store
 from controller.store.tokens import TokenRow
 from telemetry.store.database import reading, writing
 
 PREFIX = "bwt_"
 
-
-class Role(StrEnum):
-    VIEWER = "viewer"
-    RELEASE_MANAGER = "release-manager"
-    ON_CALL = "on-call"
-    ADMIN = "admin"
-    AUDITOR = "auditor"
+__all__ = ["Created", "Role", "check", "create", "every", "hashed", "principal", "revoke"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +72,12 @@ def check(engine: Engine, token: str, now: float) -> TokenRow | None:
     if row is None or row.revoked_at is not None:
         return None
     return None if row.expires_at is not None and row.expires_at <= now else row
+
+
+def principal(row: TokenRow) -> Principal:
+    """Who shows this token."""
+    grant = Grant(role=Role(row.role), fleets=frozenset(row.fleets))
+    return Principal(name=row.name, grants=(grant,), via="token")
 
 
 def every(engine: Engine) -> Sequence[TokenRow]:

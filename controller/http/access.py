@@ -3,107 +3,128 @@
 Rules, in order:
 
 1. A token that is presented is always checked: a wrong one is 401, on every listener.
-2. Without a token: on a loopback listener with `auth: loopback` it is the local admin — unless the
+2. A session's cookie stands for its person. What changes something needs the session's CSRF token
+   as well: `X-CSRF-Token` here, the field `csrf` in the forms of pages (`controller.http.session`).
+3. Without either: on a loopback listener with `auth: loopback` it is the local admin — unless the
    Host header is not ours (DNS rebinding) or a browser says that another site sent it.
-3. HTTP Basic is for devices: their id and broker password; they reach their own things alone.
-4. A stop (hold, pause, rollback, stop) is one person's; lift, resume and promote need more.
-5. A token for some fleets sees nothing of the others: they are 404, not 403.
+4. HTTP Basic is for devices: their id and broker password; they reach their own things alone.
+5. A stop (hold, pause, rollback, stop) is one person's; lift, resume and promote need more.
+6. A grant for some fleets sees nothing of the others: they are 404, not 403.
 """
 
 from __future__ import annotations
 
 import binascii
+import secrets
 from base64 import b64decode
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
-from controller import tokens
+from controller import sessions, tokens
 from controller.http.problems import Problem
+from controller.roles import RIGHTS, Grant, Principal, Right, Role
 from controller.settings import is_loopback
-from controller.tokens import Role
 
+__all__ = ["RIGHTS", "Principal", "Right", "authenticate", "device_or_viewer", "needs"]
 
-class Right(StrEnum):
-    VIEW = "view"
-    STOP = "stop"
-    START = "start"
-    PUBLISH = "publish"
-    DEVICES = "devices"
-    AUDIT = "audit"
-
-
-_EVERYTHING = frozenset(Right)
-RIGHTS: dict[Role, frozenset[Right]] = {
-    Role.VIEWER: frozenset({Right.VIEW}),
-    Role.AUDITOR: frozenset({Right.VIEW, Right.AUDIT}),
-    Role.ON_CALL: frozenset({Right.VIEW, Right.STOP}),
-    Role.RELEASE_MANAGER: frozenset({Right.VIEW, Right.STOP, Right.START, Right.PUBLISH}),
-    Role.ADMIN: _EVERYTHING,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Principal:
-    name: str
-    role: Role
-    fleets: frozenset[str] = frozenset()  # empty: all
-
-    def sees(self, fleet: str) -> bool:
-        return not self.fleets or fleet in self.fleets
-
-    def must_see_all(self, what: str) -> None:
-        if self.fleets:
-            raise Problem(403, f"{self.name} is for some fleets only: {what} tells of all of them")
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def needs(right: Right) -> Callable[[Request], Principal]:
-    """A dependency: the principal, when it has this right."""
+    """A dependency: the principal, when it has this right on any fleet."""
 
     def check(request: Request) -> Principal:
         principal = authenticate(request)
-        if right not in RIGHTS[principal.role]:
-            raise Problem(
-                403, f"{principal.name} ({principal.role}) may not do this: it needs {right}"
-            )
+        if not principal.may(right):
+            raise forbidden(principal, right)
         return principal
 
     check.__name__ = f"needs_{right}"
     return check
 
 
+def forbidden(who: Principal, right: Right, fleet: str = "") -> Problem:
+    place = f" in fleet {fleet[:63]}" if fleet else ""
+    return Problem(403, f"{who.name} ({who.roles}) may not do this{place}: it needs {right}")
+
+
+def must(who: Principal, right: Right, fleet: str) -> None:
+    """Raise 403 unless the right is granted on this very fleet."""
+    if not who.may(right, fleet):
+        raise forbidden(who, right, fleet)
+
+
+def must_everywhere(who: Principal, right: Right, what: str) -> None:
+    if not who.may_everywhere(right):
+        raise Problem(403, f"{who.name} is for some fleets only: {what}")
+
+
 def authenticate(request: Request) -> Principal:
+    """Who is asking; raises 401 and 403."""
+    principal = _presented(request) or from_cookie(request)
+    if principal is None:
+        return local(request)
+    if principal.via == "session" and request.method not in SAFE:
+        check_csrf(principal, request.headers.get("x-csrf-token", ""))
+    return principal
+
+
+def _presented(request: Request) -> Principal | None:
     deps = request.app.state.deps
     scheme, credential = _authorization(request)
     if scheme == "bearer":
         row = tokens.check(deps.engine, credential, deps.clock())
         if row is None:
-            raise _unauthorized("the token is unknown, expired or revoked")
-        return Principal(name=row.name, role=Role(row.role), fleets=frozenset(row.fleets))
+            raise unauthorized("the token is unknown, expired or revoked")
+        return tokens.principal(row)
     if scheme:
-        raise _unauthorized("send Authorization: Bearer TOKEN")
+        raise unauthorized("send Authorization: Bearer TOKEN")
+    return None
+
+
+def from_cookie(request: Request) -> Principal | None:
+    """The person of the session's cookie, when there is one in force."""
+    deps = request.app.state.deps
+    cookie = request.cookies.get(cookie_name(request))
+    return None if cookie is None else sessions.find(deps.engine, cookie, deps.clock())
+
+
+def local(request: Request) -> Principal:
+    """The local admin of a loopback listener; 401 for anybody else without credentials."""
+    deps = request.app.state.deps
     if deps.settings.auth != "loopback" or not _from_here(request):
-        raise _unauthorized("a token is needed: Authorization: Bearer TOKEN")
+        raise unauthorized("a token is needed: Authorization: Bearer TOKEN")
     _not_from_another_site(request)
-    return Principal(name="local", role=Role.ADMIN)
+    csrf: str = request.app.state.local_csrf
+    return Principal(name="local", grants=(Grant(role=Role.ADMIN),), via="local", csrf=csrf)
+
+
+def check_csrf(who: Principal, given: str) -> None:
+    if not who.csrf or not secrets.compare_digest(who.csrf.encode(), given.encode()):
+        raise Problem(403, "the page is too old, or another site sent this: load the page again")
+
+
+def cookie_name(request: Request) -> str:
+    """`__Host-`: the browser keeps it from other hosts, paths and plain http."""
+    secure = request.app.state.deps.settings.public_url.startswith("https://")
+    return "__Host-bellwether" if secure else "bellwether"
 
 
 def device_or_viewer(request: Request) -> str | None:
     """The device's id for a device's own credentials, None for a person who may look."""
     scheme, credential = _authorization(request)
     if scheme != "basic":
-        authenticate(request)
+        needs(Right.VIEW)(request)
         return None
     try:
         device, _, password = b64decode(credential, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
-        raise _unauthorized("the credentials are not base64 of ID:PASSWORD", "Basic") from None
+    except (binascii.Error, UnicodeDecodeError, ValueError):
+        raise unauthorized("the credentials are not base64 of ID:PASSWORD", "Basic") from None
     if not request.app.state.deps.registry.password_matches(device, password):
-        raise _unauthorized("unknown device, or wrong password", "Basic")
+        raise unauthorized("unknown device, or wrong password", "Basic")
     return device
 
 
@@ -112,7 +133,7 @@ def _authorization(request: Request) -> tuple[str, str]:
     return scheme.lower(), credential.strip()
 
 
-def _unauthorized(detail: str, scheme: str = "Bearer") -> Problem:
+def unauthorized(detail: str, scheme: str = "Bearer") -> Problem:
     challenge = f'{scheme} realm="bellwether"'
     return Problem(401, detail, headers={"WWW-Authenticate": challenge})
 
@@ -136,5 +157,12 @@ def _not_from_another_site(request: Request) -> None:
     if site not in ("none", "same-origin") and not navigating:
         raise Problem(403, "requests of other sites are refused")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    if origin is not None and _netloc(origin) != host.lower():
         raise Problem(403, f"requests of {origin[:80]!r} are refused")
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""

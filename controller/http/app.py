@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 
 import structlog
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from controller.broker_admin import BrokerUnavailable
-from controller.http import page, problems, reads, services, verbs
+from controller.http import page, problems, reads, services, session, verbs
 from controller.http.devicebook import DeviceBook
 from controller.http.guard import Guard
 from controller.http.ports import Deps
@@ -35,9 +36,14 @@ def create_app(deps: Deps) -> FastAPI:
     app.state.deps = deps
     app.state.book = DeviceBook(deps.reader, deps.clock)
     app.state.refused = {}
+    app.state.local_csrf = secrets.token_urlsafe(32)
     problems.install(app)
+    app.add_exception_handler(session.LoginNeeded, session.to_login)
     # The more special paths come first: `/devices/{d}:move` before anything that takes any name.
-    for router in (verbs.router, services.api, reads.router, services.router, page.router):
+    routers = (
+        verbs.router, services.api, reads.router, services.router, session.router, page.router,
+    )  # fmt: skip
+    for router in routers:
         app.include_router(router)
     app.add_middleware(Guard)
     return app

@@ -1,8 +1,8 @@
 """ASGI middleware before everything else: sizes, content types, bytes that no name has, headers.
 
-Rules: a body beyond its route's limit is 413 even when it says no length; a JSON route takes
-`application/json` only (a form of another site cannot send that without asking); NUL in a path or
-query is 400; every answer carries the security headers.
+Rules: a body beyond its route's limit is 413 even when it says no length; the API takes
+`application/json` only (a form of another site cannot send that without asking), pages take forms;
+NUL in a path or query is 400; every answer carries the security headers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _MOST = {
     "/webhooks/git": 25 * 1024 * 1024,
 }
 _ANY_TYPE = ("/api/v1/releases:publish", "/webhooks/git")
+_JSON, _FORM = "application/json", "application/x-www-form-urlencoded"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; "
-    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -92,9 +93,11 @@ def _refuse(scope: Scope, limit: int) -> tuple[int, str] | None:
         return 413, f"the body is larger than {limit} bytes"
     path: str = scope["path"]
     if scope["method"] == "POST" and path not in _ANY_TYPE:
+        # Only pages take forms, and they check the form's CSRF token.
+        wanted = _JSON if path.startswith("/api/") else _FORM
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            return 415, "send Content-Type: application/json"
+        if kind != wanted:
+            return 415, f"send Content-Type: {wanted}"
     return None
 
 

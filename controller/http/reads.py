@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy import Connection, Row
 
 from controller.http import paging
-from controller.http.access import Principal, Right, needs
+from controller.http.access import Principal, Right, must_everywhere, needs
 from controller.http.ports import Book, Given
 from controller.http.problems import Problem
 from controller.store import views
@@ -171,7 +171,7 @@ def decision(decision: str, deps: Given, who: Viewer) -> Plain:
 @router.get("/audit")
 def audit(deps: Given, who: Auditor, cursor: Cursor = None, limit: Limit = 100) -> Plain:
     """Oldest first; of all fleets, so not for a token of some."""
-    who.must_see_all("the audit")
+    must_everywhere(who, Right.AUDIT, "the audit tells of all of them")
     key = paging.key(cursor) or "0"
     if not key.isdigit():
         raise Problem(400, "cursor: not one of this list", pointer="query/cursor")

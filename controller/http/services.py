@@ -24,7 +24,13 @@ from starlette.concurrency import run_in_threadpool
 
 from controller import audit, wake
 from controller.artifacts import Unfit
-from controller.http.access import Principal, Right, device_or_viewer, needs
+from controller.http.access import (
+    Principal,
+    Right,
+    device_or_viewer,
+    must_everywhere,
+    needs,
+)
 from controller.http.bodies import Id
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
@@ -170,7 +176,7 @@ async def git_webhook(request: Request, deps: Given) -> dict[str, str]:
 @api.get("/events", response_class=StreamingResponse)
 def events(request: Request, deps: Given, who: Viewer) -> StreamingResponse:
     """Server-sent events: what was recorded, as it is recorded. Resume with Last-Event-ID."""
-    who.must_see_all("the events")
+    must_everywhere(who, Right.VIEW, "the events tell of all of them")
     last = request.headers.get("last-event-id", "")
     if last and not (last.isdigit() and len(last) < 16):
         raise Problem(400, "Last-Event-ID: a number of one of our events is expected")

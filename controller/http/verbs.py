@@ -14,7 +14,7 @@ from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from controller import commands, wake
 from controller.devices import NewDevice
 from controller.http import bodies
-from controller.http.access import RIGHTS, Principal, Right, needs
+from controller.http.access import Principal, Right, must, must_everywhere, needs
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
 from controller.http.reads import find
@@ -29,6 +29,7 @@ Starter = Annotated[Principal, Depends(needs(Right.START))]
 Registrar = Annotated[Principal, Depends(needs(Right.DEVICES))]
 Plain = dict[str, Any]
 DryRun = Annotated[bool, Query(alias="dryRun")]
+STOPS = frozenset({"rollback", "hold", "pause"})
 _ETAG = re.compile(r'(?:W/)?"(\d{1,15})"')
 
 
@@ -83,10 +84,10 @@ def promote(
 @router.post("/stop", status_code=202)
 def stop(body: bodies.Stop, deps: Given, who: Stopper) -> Plain:
     """No new activation anywhere in scope. Ending a stop (`lift`) is starting: it needs more."""
-    if body.lift:
-        _may_start(who)
-    if who.fleets:
-        raise Problem(403, f"{who.name} is for some fleets only: a stop reaches all of them")
+    right = Right.START if body.lift else Right.STOP
+    if not who.may(right):
+        raise Problem(403, f"{who.name} ({who.roles}) may stop, but not end a stop")
+    must_everywhere(who, right, "a stop reaches all of them")
     recorded = commands.record(
         deps.engine,
         kind="stop",
@@ -198,6 +199,7 @@ def _verb(
 ) -> Plain:
     with reading(deps.engine) as conn:
         row = find(conn, rollout, who)
+    must(who, Right.STOP if kind in STOPS else Right.START, row.fleet)
     if dry:
         response.status_code = 200
         response.headers["ETag"] = f'"{row.revision}"'
@@ -267,14 +269,8 @@ def _misfits(deps: Deps, wanted: list[bodies.Device]) -> list[str]:
     ]
 
 
-def _may_start(who: Principal) -> None:
-    if Right.START not in RIGHTS[who.role]:
-        raise Problem(403, f"{who.name} ({who.role}) may stop, but not end a stop")
-
-
 def _own_fleet(who: Principal, fleet: str) -> None:
-    if not who.sees(fleet):
-        raise Problem(403, f"{who.name} may not change devices of fleet {fleet[:63]!r}")
+    must(who, Right.DEVICES, fleet)
 
 
 def _own_device(deps: Deps, who: Principal, device: str) -> None:
@@ -282,6 +278,7 @@ def _own_device(deps: Deps, who: Principal, device: str) -> None:
         row = registry_rows.get(conn, device)
     if row is None or not who.sees(row.fleet):
         raise Problem(404, f"device {device[:80]!r}: unknown")
+    must(who, Right.DEVICES, row.fleet)
 
 
 def _changed(deps: Deps, device: str) -> Plain:

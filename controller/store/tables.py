@@ -82,6 +82,31 @@ api_tokens = Table(
     Column("revoked_at", Double),
 )
 
+sessions = Table(  # of people on the pages; the cookie itself is not kept
+    "sessions",
+    metadata,
+    Column("hash", String(64), primary_key=True),  # sha256 of the cookie
+    Column("name", String(256), nullable=False),
+    Column("grants", JSON, nullable=False),  # [[role, [fleets]], …]
+    Column("via", String(8), nullable=False),  # token | oidc
+    Column("token", String(26)),  # of which API token: a revoked one ends its sessions
+    Column("csrf", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False, index=True),
+    Column("ended_at", Double),
+)
+
+logins = Table(  # begun at the identity provider, not come back yet
+    "logins",
+    metadata,
+    Column("state", String(64), primary_key=True),  # sha256 of the state parameter
+    Column("browser", String(64), nullable=False),  # sha256 of the browser's login cookie
+    Column("nonce", String(64), nullable=False),
+    Column("verifier", String(128), nullable=False),  # of PKCE
+    Column("next", String(512), nullable=False),
+    Column("expires_at", Double, nullable=False, index=True),
+)
+
 artifacts = Table(  # index of the content store; the bytes are files named by their digest
     "artifacts",
     metadata,

@@ -4,145 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
-from fastapi import FastAPI
 from sqlalchemy import insert, update
-from starlette.testclient import TestClient
 
 from controller import tokens
-from controller.broker_admin import ADMIN, BrokerAdmin, BrokerChild
-from controller.devices import Registry
-from controller.http.app import Deps, create_app
-from controller.keys import DirectorKey
-from controller.settings import Settings
-from controller.store.database import open_control
-from controller.store.tables import desired, devices, rollouts
+from controller.store.tables import desired, devices
 from controller.tokens import Role
-from telemetry.store.database import open_engine, writing
-from telemetry.store.reports import Store
-from telemetry.store.tables import create_schema
+from telemetry.store.database import writing
+
+if TYPE_CHECKING:
+    from conftest import House
 
 NOW = 1_800_000_000.0
 XSS = "<script>alert(1)</script>"
-
-
-class Files:
-    """A content store of two lines: the real one is tested where it lives."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def path(self, digest: str) -> Path:
-        return self._root / digest
-
-    def add(self, source: Path) -> tuple[str, int]:
-        data = source.read_bytes()
-        digest = "sha256:" + hashlib.sha256(data).hexdigest()
-        self.path(digest).write_bytes(data)
-        return digest, len(data)
-
-
-@dataclass
-class House:
-    deps: Deps
-    app: FastAPI
-    client: TestClient
-    pokes: list[int]
-
-    def with_settings(self, **changes: Any) -> TestClient:
-        settings = self.deps.settings.model_copy(update=changes)
-        return _client(create_app(replace(self.deps, settings=settings)))
-
-    def token(self, role: Role, fleets: tuple[str, ...] = ()) -> dict[str, str]:
-        made = tokens.create(
-            self.deps.engine, name=f"t-{role}", role=role, fleets=fleets, actor="test", now=NOW
-        )
-        return {"Authorization": f"Bearer {made.token}"}
-
-
-def _client(app: FastAPI, address: str = "127.0.0.1") -> TestClient:
-    return TestClient(
-        app,
-        base_url="http://127.0.0.1:8420",
-        client=(address, 50_000),
-        raise_server_exceptions=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerChild]:
-    with BrokerChild(tmp_path_factory.mktemp("broker")) as child:
-        yield child
-
-
-@pytest.fixture
-def house(tmp_path: Path, broker: BrokerChild) -> Iterator[House]:
-    engine = open_control(f"sqlite:///{tmp_path}/control.db")
-    telemetry = open_engine(f"sqlite:///{tmp_path}/telemetry.db")
-    create_schema(telemetry)
-    admin = BrokerAdmin(broker.url, *broker.credentials(ADMIN))
-    admin.sync([])
-    pokes: list[int] = []
-    (tmp_path / "hook").write_text("hush\n")
-    (tmp_path / "content").mkdir()
-    deps = Deps(
-        engine=engine,
-        reader=Store(telemetry),
-        registry=Registry(engine, admin, broker.secret),
-        content=Files(tmp_path / "content"),
-        key=DirectorKey.load_or_create(tmp_path / "director.pem"),
-        settings=Settings(
-            state_dir=tmp_path, broker=broker.url, webhook_secret_file=tmp_path / "hook"
-        ),
-        clock=lambda: NOW,
-        poke=lambda: pokes.append(1),
-    )
-    app = create_app(deps)
-    yield House(deps, app, _client(app), pokes)
-    admin.close()
-    engine.dispose()
-    telemetry.dispose()
-
-
-def add_rollout(house: House, name: str = "cars", state: str = "Soaking", **values: Any) -> str:
-    row = {
-        "id": f"01{name}".ljust(26, "0"),
-        "name": name,
-        "fleet": "eu",
-        "release": "fsd-2",
-        "digest": "sha256:" + "a" * 64,
-        "artifacts": {"autopilot": "sha256:" + "b" * 64},
-        "commit": "c" * 40,
-        "author": "ann",
-        "state": state,
-        "sentence": "SOAKING — 3 of 10",
-        "revision": 4,
-        "step": 0,
-        "opened_at": NOW,
-        "step_at": NOW,
-        "soak": 0.0,
-        "updated_at": NOW,
-        "seed": "s",
-        "pinned": {},
-        "flags": {},
-        **values,
-    }
-    with writing(house.deps.engine) as conn:
-        conn.execute(insert(rollouts).values(**row))
-    return str(row["id"])
-
-
-def enrol(house: House, device: str = "car-1", fleet: str = "eu") -> dict[str, Any]:
-    made = house.client.post("/api/v1/devices", json={"id": device, "fleet": fleet})
-    assert made.status_code == 201, made.text
-    answer = house.client.post("/api/v1/devices:enrol", json={"token": made.json()["token"]})
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
 
 
 # -- devices --------------------------------------------------------------------------------------
@@ -180,7 +56,7 @@ def test_devices_come_in_bulk_and_page_by_page(house: House) -> None:
 
 
 def test_changes_show_what_moved_since_the_cursor(house: House) -> None:
-    enrol(house, "car-1")
+    house.enrol("car-1")
     first = house.client.get("/api/v1/devices:changes").json()
     assert [d["id"] for d in first["items"]] == ["car-1"]
     again = house.client.get("/api/v1/devices:changes", params={"cursor": first["next"]}).json()
@@ -191,15 +67,15 @@ def test_changes_show_what_moved_since_the_cursor(house: House) -> None:
 
 
 def test_an_enrolled_device_gets_no_second_token(house: House) -> None:
-    enrol(house)
+    house.enrol()
     again = house.client.post("/api/v1/devices", json={"id": "car-1", "fleet": "eu"})
     assert again.status_code == 409
     assert again.json()["errors"][0]["pointer"] == "/0/id"
 
 
 def test_a_device_reads_its_own_order_alone(house: House) -> None:
-    mine = enrol(house, "car-1")["broker"]
-    enrol(house, "car-2")
+    mine = house.enrol("car-1")["broker"]
+    house.enrol("car-2")
     basic = (mine["username"], mine["password"])
     assert house.client.get("/api/v1/devices/car-1/desired", auth=basic).status_code == 204
     with writing(house.deps.engine) as conn:
@@ -218,7 +94,7 @@ def test_a_device_reads_its_own_order_alone(house: House) -> None:
 
 
 def test_a_retired_device_has_no_rights_left(house: House) -> None:
-    mine = enrol(house)["broker"]
+    mine = house.enrol()["broker"]
     basic = (mine["username"], mine["password"])
     done = house.client.post("/api/v1/devices/car-1:retire", json={"reason": "scrapped"})
     assert done.json()["status"] == "retired"
@@ -228,7 +104,7 @@ def test_a_retired_device_has_no_rights_left(house: House) -> None:
 
 
 def test_a_replaced_board_gets_a_new_password_and_term(house: House) -> None:
-    old = enrol(house)["broker"]["password"]
+    old = house.enrol()["broker"]["password"]
     made = house.client.post("/api/v1/devices/car-1:replace", json={"reason": "burnt"}).json()
     new = house.client.post("/api/v1/devices:enrol", json={"token": made["token"]}).json()
     assert new["broker"]["password"] != old
@@ -241,7 +117,7 @@ def test_labels_that_the_fleet_does_not_select_are_said_aloud(house: House) -> N
         "health_policy": "driving",
         "cohorts": [{"name": "general", "rest": True}],
     }
-    add_rollout(house, pinned={"fleet": fleet})
+    house.add_rollout(pinned={"fleet": fleet})
     many = [{"id": "fits", "fleet": "eu", "labels": {"model": "m3"}}, {"id": "not", "fleet": "eu"}]
     made = house.client.post("/api/v1/devices", json=many).json()
     assert made["warnings"] == ["not: its labels do not match the selector of fleet eu"]
@@ -251,7 +127,7 @@ def test_labels_that_the_fleet_does_not_select_are_said_aloud(house: House) -> N
 
 
 def test_a_rollback_needs_the_revision_that_was_seen(house: House) -> None:
-    add_rollout(house)
+    house.add_rollout()
     url, body = "/api/v1/rollouts/cars:rollback", {"reason": "it brakes"}
     shown = house.client.get("/api/v1/rollouts/cars")
     assert shown.headers["etag"] == '"4"'
@@ -266,7 +142,7 @@ def test_a_rollback_needs_the_revision_that_was_seen(house: House) -> None:
 
 
 def test_any_revision_will_do_when_the_caller_says_so(house: House) -> None:
-    add_rollout(house)
+    house.add_rollout()
     done = house.client.post(
         "/api/v1/rollouts/cars:pause", json={"reason": "look"}, headers={"If-Match": "*"}
     )
@@ -274,7 +150,7 @@ def test_any_revision_will_do_when_the_caller_says_so(house: House) -> None:
 
 
 def test_a_dry_run_changes_nothing(house: House) -> None:
-    add_rollout(house)
+    house.add_rollout()
     plan = house.client.post("/api/v1/rollouts/cars:rollback?dryRun=true", json={})
     assert plan.status_code == 200
     assert plan.json()["kind"] == "rollback"
@@ -344,8 +220,8 @@ def test_a_wrong_token_is_refused_even_on_loopback(house: House) -> None:
 
 
 def test_a_token_of_one_fleet_does_not_see_the_other(house: House) -> None:
-    add_rollout(house)
-    enrol(house, "car-1", "eu")
+    house.add_rollout()
+    house.enrol("car-1", "eu")
     elsewhere = house.token(Role.ADMIN, ("us",))
     for path in ("rollouts/cars", "devices/car-1", "fleets/eu", "rollouts/cars/decisions"):
         assert house.client.get(f"/api/v1/{path}", headers=elsewhere).status_code == 404, path
@@ -372,7 +248,7 @@ def test_another_site_cannot_use_the_local_admin(house: House, headers: dict[str
 
 
 def test_the_local_admin_is_local(house: House) -> None:
-    assert _client(house.app, "192.0.2.7").get("/api/v1/rollouts").status_code == 401
+    assert house.client_from("192.0.2.7").get("/api/v1/rollouts").status_code == 401
 
 
 # -- hostile input --------------------------------------------------------------------------------
@@ -396,7 +272,7 @@ def test_the_local_admin_is_local(house: House) -> None:
     ],
 )
 def test_hostile_bodies_are_refused(house: House, body: bytes, code: int) -> None:
-    add_rollout(house)
+    house.add_rollout()
     answer = house.client.post(
         "/api/v1/rollouts/cars:rollback",
         content=body,
@@ -440,8 +316,8 @@ def test_nul_is_in_no_path(house: House) -> None:
 
 
 def test_names_are_escaped_on_the_page(house: House) -> None:
-    add_rollout(house, sentence=XSS, author=XSS)
-    enrol(house)
+    house.add_rollout(sentence=XSS, author=XSS)
+    house.enrol()
     with writing(house.deps.engine) as conn:
         conn.execute(update(devices).values(fleet=XSS))
     page = house.client.get("/")
@@ -489,7 +365,7 @@ def test_a_webhook_must_be_signed(house: House) -> None:
 
 
 def test_probes_and_metrics_answer(house: House) -> None:
-    enrol(house)
+    house.enrol()
     assert house.client.get("/livez").status_code == 200
     assert house.client.get("/readyz").status_code == 200
     text = house.client.get("/metrics").text
@@ -497,7 +373,7 @@ def test_probes_and_metrics_answer(house: House) -> None:
 
 
 def test_events_resume_after_the_last_one(house: House) -> None:
-    enrol(house)
+    house.enrol()
     from controller.http import services
 
     services.EVENTS_LAST = 0.5
