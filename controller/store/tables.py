@@ -275,6 +275,44 @@ audit = Table(  # append-only and chained
     UniqueConstraint("hash"),
 )
 
+approvals = Table(  # what waits for a second person, bound to the digest of what was seen
+    "approvals",
+    metadata,
+    Column("id", String(26), primary_key=True),  # ULID
+    Column("kind", String(16), nullable=False),  # start | recall | promote | lift | rule
+    Column("fleet", String(63), nullable=False, index=True),
+    Column("rollout", String(26), nullable=False),  # id; of the rule: empty
+    Column("digest", String(71), nullable=False),  # of `seen`: a vote names it
+    Column("seen", JSON, nullable=False),  # what is approved, as it was
+    Column("proposer", String(256), nullable=False),  # has no vote
+    Column("reason", Text, nullable=False, default=""),
+    Column("needs", Integer, nullable=False),  # people besides the proposer
+    Column("state", String(10), nullable=False, index=True),  # waiting | granted | void
+    Column("at", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    Column("decided_at", Double),
+    Column("result", Text, nullable=False, default=""),
+)
+
+votes = Table(
+    "votes",
+    metadata,
+    Column("approval", ForeignKey("approvals.id"), primary_key=True),
+    Column("actor", String(256), primary_key=True),
+    Column("at", Double, nullable=False),
+    Column("reason", Text, nullable=False, default=""),
+)
+
+deliveries = Table(  # how far each receiver of notifications has come in the audit
+    "deliveries",
+    metadata,
+    Column("target", String(64), primary_key=True),
+    Column("seq", Big, nullable=False),
+    Column("failures", Integer, nullable=False, default=0),  # in a row
+    Column("next_at", Double, nullable=False, default=0.0),
+    Column("error", Text, nullable=False, default=""),
+)
+
 proven = Table(  # newest completed, unheld release per (fleet, component, hardware)
     "proven",
     metadata,
