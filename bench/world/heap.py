@@ -1,0 +1,39 @@
+"""The event heap: it owns the clock. What happens at one instant happens in the order of asking."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Deed = Callable[[], None]
+
+
+@dataclass(order=True, slots=True)
+class _Entry:
+    at: float
+    order: int
+    deed: Deed = field(compare=False)
+
+
+class Heap:
+    def __init__(self, start: float) -> None:
+        self.now = start
+        self._entries: list[_Entry] = []
+        self._asked = 0
+
+    def at(self, when: float, deed: Deed) -> None:
+        """Do it then; what lies in the past is done next."""
+        self._asked += 1
+        heapq.heappush(self._entries, _Entry(max(when, self.now), self._asked, deed))
+
+    def after(self, seconds: float, deed: Deed) -> None:
+        self.at(self.now + seconds, deed)
+
+    def run(self, until: float) -> None:
+        """Everything up to and including `until`; the clock stands there afterwards."""
+        while self._entries and self._entries[0].at <= until:
+            entry = heapq.heappop(self._entries)
+            self.now = entry.at
+            entry.deed()
+        self.now = max(self.now, until)
