@@ -103,11 +103,19 @@ class FleetRepo:
                 name = raw.decode()
             except UnicodeDecodeError:
                 continue
-            if name.endswith((".yaml", ".yml")):
+            if is_manifest(name):
                 wanted[name] = fields[2].decode()
         if len(wanted) > MOST_FILES:
             raise RepoUnavailable(f"{len(wanted)} manifests; at most {MOST_FILES}")
         return self._blobs(wanted)
+
+    def resolve(self, revision: str) -> str:
+        """The commit that a revision names; raises RepoUnavailable."""
+        if revision.startswith("-"):
+            raise RepoUnavailable(f"{revision}: no revision")
+        return (
+            self._git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").decode().strip()
+        )
 
     def descends(self, new: str, old: str) -> bool:
         """Is `old` an ancestor of `new`? An unknown old commit is none."""
@@ -287,6 +295,12 @@ class FleetRepo:
             raise RepoUnavailable(f"git {_verb(arguments)}: no answer in {TIMEOUT:.0f} s") from None
         except OSError as error:
             raise RepoUnavailable(f"git cannot be run: {error}") from None
+
+
+def is_manifest(name: str) -> bool:
+    """YAML outside hidden files and folders: `.github/` and `.gitlab-ci.yml` speak to others."""
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return name.endswith((".yaml", ".yml")) and not hidden
 
 
 def _environment() -> dict[str, str]:

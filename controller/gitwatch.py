@@ -145,19 +145,10 @@ class GitWatch:
         self._woken()
 
     def _head(self, commit: str, author: str) -> tuple[Head, list[Problem]]:
-        content = read(self._repo.read(commit))
         with reading(self._engine) as conn:
             known = {row.name: row.digest for row in conn.execute(select(releases))}
             registry = {row.id: row.labels for row in conn.execute(select(devices))}
-        problems = [*content.problems, *admit(content, registry), *_rewritten(content, known)]
-        blocked: dict[str, str] = {}
-        for problem in problems:
-            if problem.severity != "error":
-                continue
-            for name in problem.blocks or content.manifests.rollouts:
-                blocked.setdefault(name, str(problem))
-        head = Head(commit=commit, author=author, manifests=content.manifests, blocked=blocked)
-        return head, problems
+        return assess(self._repo.read(commit), commit, author, known=known, registry=registry)
 
     def _take_holds(self, manifests: Manifests, commit: str, now: float) -> None:
         """Holds and lifts that people (or we, before a wipe) wrote into Git come into force."""
@@ -261,6 +252,27 @@ class GitWatch:
             )
         with writing(self._engine) as conn:
             store.put_meta(conn, "git", _json(self._state))
+
+
+def assess(
+    files: Mapping[str, str | bytes],
+    commit: str,
+    author: str,
+    *,
+    known: Mapping[str, str],
+    registry: Mapping[str, Mapping[str, str]],
+) -> tuple[Head, list[Problem]]:
+    """What a tree says, and what is wrong with it; `known`: release name → digest seen before."""
+    content = read(files)
+    problems = [*content.problems, *admit(content, registry), *_rewritten(content, known)]
+    blocked: dict[str, str] = {}
+    for problem in problems:
+        if problem.severity != "error":
+            continue
+        for name in problem.blocks or content.manifests.rollouts:
+            blocked.setdefault(name, str(problem))
+    head = Head(commit=commit, author=author, manifests=content.manifests, blocked=blocked)
+    return head, problems
 
 
 def _rewritten(content: Reading, known: Mapping[str, str]) -> list[Problem]:

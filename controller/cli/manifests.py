@@ -105,9 +105,13 @@ def init(
 
 
 def _files(path: Path) -> dict[str, str | bytes]:
+    from controller.fleetrepo import is_manifest
+
     if path.is_file():
         return {str(path): path.read_bytes()}
     if not path.is_dir():
         raise Failed(f"{path}: no such file or folder")
-    found = sorted(p for p in path.rglob("*") if p.suffix in (".yaml", ".yml") and p.is_file())
+    found = sorted(
+        p for p in path.rglob("*") if is_manifest(p.relative_to(path).as_posix()) and p.is_file()
+    )
     return {str(p): p.read_bytes() for p in found if not p.is_symlink()}

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from controller.broker_admin import BrokerUnavailable
-from controller.http import page, problems, reads, services, session, verbs
+from controller.http import page, plans, problems, reads, services, session, verbs
 from controller.http.devicebook import DeviceBook
 from controller.http.guard import Guard
 from controller.http.ports import Deps
@@ -41,7 +41,8 @@ def create_app(deps: Deps) -> FastAPI:
     app.add_exception_handler(session.LoginNeeded, session.to_login)
     # The more special paths come first: `/devices/{d}:move` before anything that takes any name.
     routers = (
-        verbs.router, services.api, reads.router, services.router, session.router, page.router,
+        verbs.router, plans.router, services.api, reads.router, services.router, session.router,
+        page.router,
     )  # fmt: skip
     for router in routers:
         app.include_router(router)

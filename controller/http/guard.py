@@ -20,6 +20,7 @@ from telemetry import metrics
 MOST_BODY = 1024 * 1024
 _MOST = {
     "/api/v1/devices": 8 * 1024 * 1024,
+    "/api/v1/plan": 64 * 1024 * 1024,
     "/api/v1/releases:publish": 4 * 1024**3,
     "/webhooks/git": 25 * 1024 * 1024,
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from conftest import House
 
 NOW = 1_800_000_000.0
+CARS = Path(__file__).parents[2] / "fleets" / "cars"
 XSS = "<script>alert(1)</script>"
 
 
@@ -381,3 +382,20 @@ def test_events_resume_after_the_last_one(house: House) -> None:
     assert "event: device.claim" in got.text
     assert "event: device.register" not in got.text
     assert house.client.get("/api/v1/events", headers={"Last-Event-ID": "x"}).status_code == 400
+
+
+def test_a_plan_is_answered_with_its_digest_and_records_nothing(house: House) -> None:
+    files = {str(path.relative_to(CARS)): path.read_text() for path in sorted(CARS.rglob("*.yaml"))}
+    answer = house.client.post("/api/v1/plan", json={"head": {"revision": "x", "files": files}})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["rollouts"][0]["effect"] == "opens"
+    assert found["digest"].startswith("sha256:")
+    assert "NO MEMBERS" in found["text"]
+    hostile = {
+        "head": {"files": {"a.yaml": "kind: [", "b.yaml": "\x00", "../c.yaml": "x: &a [*a]"}}
+    }
+    assert house.client.post("/api/v1/plan", json=hostile).json()["errors"]
+    assert house.client.post("/api/v1/plan", json={"head": {"files": []}}).status_code == 422
+    some = house.token(Role.VIEWER, ("eu",))
+    assert house.client.post("/api/v1/plan", json=hostile, headers=some).status_code == 403

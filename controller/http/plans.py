@@ -1,0 +1,47 @@
+"""`POST /plan`: what would this commit do to the fleet as it is? Nothing is recorded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from pydantic import Field, StringConstraints
+
+from controller.http.access import Principal, Right, needs
+from controller.http.bodies import Body
+from controller.http.ports import Given
+from controller.planner import Tree, against_fleet
+from controller.rollout import plan_text
+
+router = APIRouter(prefix="/api/v1")
+Viewer = Annotated[Principal, Depends(needs(Right.VIEW))]
+_Path = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
+class Side(Body):
+    """A revision with its manifests: path → text."""
+
+    revision: Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
+    commit: Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")] = ""
+    files: Annotated[dict[_Path, str], Field(max_length=20_000)] = Field(default_factory=dict)
+
+
+class Wanted(Body):
+    base: Side = Side()
+    head: Side
+
+
+@router.post("/plan")
+def plan(body: Wanted, deps: Given, who: Viewer) -> dict[str, Any]:
+    """Devices by step, who is left out and why, downloads, earliest end, what gates can prove."""
+    who.must_see_all("a plan")
+    made = against_fleet(
+        _tree(body.base, "base"), _tree(body.head, "head"), deps.engine, deps.reader, deps.clock()
+    )
+    return plan_text.document(made)
+
+
+def _tree(side: Side, name: str) -> Tree:
+    return Tree(
+        revision=side.revision or name, commit=side.commit or name, author="", files=side.files
+    )

@@ -1,0 +1,131 @@
+"""Plans a commit against the fleet as it is: loads the snapshot, then `rollout.plan` says the rest.
+
+Reads only: the control database, the telemetry store, trees of files. Used by the API and, with a
+state directory, by the command line; without either, documents are compared with documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine
+
+from controller.gitwatch import assess
+from controller.manifests.kinds import Release
+from controller.rollout.desired import Catalog
+from controller.rollout.model import Device
+from controller.rollout.plan import Commit, Plan, Told, assumed, plan
+from controller.rollout.waves import Pinned
+from controller.rollout.world import Head, Scored, World
+from controller.store import rollouts as store
+from telemetry.report import TelemetryReader
+from telemetry.score import bands, score
+from telemetry.store.database import reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """A revision and its manifests: path → text."""
+
+    revision: str
+    commit: str
+    author: str
+    files: Mapping[str, str | bytes]
+
+
+def against_fleet(
+    base: Tree, head: Tree, engine: Engine, reader: TelemetryReader, now: float
+) -> Plan:
+    """The plan with the fleet's own devices, scores, holds and running rollouts."""
+    with reading(engine) as conn:
+        devices = {d.id: d for d in store.load_devices(conn, 0)[0]}
+        known = {
+            name: Release.model_validate(document)
+            for name, document in store.load_releases(conn).items()
+        }
+        before, after = (_commit(tree, known, devices) for tree in (base, head))
+        world = _world(conn, reader, after.head, devices, known, now)
+    return plan(before, after, world, now, measured=True, told=Told())
+
+
+def documents_only(base: Tree, head: Tree, now: float) -> Plan:
+    """The plan without a fleet: what opens and what is edited, no devices."""
+    before, after = (_commit(tree, {}, {}) for tree in (base, head))
+    world = assumed(_nobody(after.head), before, now)
+    return plan(before, after, world, now, measured=False)
+
+
+def _commit(tree: Tree, known: Mapping[str, Release], devices: Mapping[str, Device]) -> Commit:
+    head, problems = assess(
+        tree.files,
+        tree.commit,
+        tree.author,
+        known={name: release.digest for name, release in known.items()},
+        registry={d.id: d.labels for d in devices.values()},
+    )
+    return Commit(name=tree.revision, head=head, problems=tuple(problems))
+
+
+def _world(
+    conn: Connection,
+    reader: TelemetryReader,
+    head: Head,
+    devices: Mapping[str, Device],
+    known: Mapping[str, Release],
+    now: float,
+) -> World:
+    holds, rejected = store.load_holds(conn)
+    rollouts = store.load_rollouts(conn)
+    return World(
+        head=head,
+        devices=devices,
+        seen={row.device: row for row in reader.devices_changed(0)},
+        hearing=reader.hearing()[0],
+        deaf=(),
+        rollouts=rollouts,
+        members=store.load_members(conn),
+        pinned={r.id: Pinned.from_json(r.pinned) for r in rollouts.values() if r.active},
+        orders={},
+        holds=holds,
+        rejected=rejected,
+        stops=store.load_stops(conn),
+        commands=(),
+        proven=store.load_proven(conn),
+        catalog=Catalog(releases=known),
+        scores=_scores(head, devices, reader, now),
+        observations={},
+        watermark=reader.watermark(),
+    )
+
+
+def _scores(
+    head: Head, devices: Mapping[str, Device], reader: TelemetryReader, now: float
+) -> dict[str, Scored]:
+    scores = {}
+    for fleet in head.manifests.fleets.values():
+        policy = head.manifests.policies.get(fleet.health_policy)
+        if policy is None:
+            continue
+        spec = policy.score
+        totals = reader.totals(since=now - spec.window.total_seconds(), until=now)
+        result = score(totals, spec)
+        values = {
+            name: (None if value != value else float(value), int(band))
+            for name, value, band in zip(result.devices, result.value, bands(result), strict=True)
+            if name in devices and devices[name].fleet == fleet.name
+        }
+        size = sum(d.fleet == fleet.name and d.governed for d in devices.values())
+        scored = sum(value is not None for value, _ in values.values())
+        scores[fleet.name] = Scored(
+            at=now, values=values, unscored=size - scored, min_exposure=float(spec.min_exposure)
+        )
+    return scores
+
+
+def _nobody(head: Head) -> World:
+    return World(
+        head=head, devices={}, seen={}, hearing=0.0, deaf=(), rollouts={}, members={}, pinned={},
+        orders={}, holds=(), rejected=frozenset(), stops=(), commands=(), proven={},
+        catalog=Catalog(releases={}), scores={}, observations={}, watermark=0,
+    )  # fmt: skip
