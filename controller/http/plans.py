@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from pydantic import Field, StringConstraints
 
-from controller.http.access import Principal, Right, needs
+from controller.http.access import Principal, Right, must_everywhere, needs
 from controller.http.bodies import Body
 from controller.http.ports import Given
 from controller.planner import Tree, against_fleet
@@ -34,7 +34,7 @@ class Wanted(Body):
 @router.post("/plan")
 def plan(body: Wanted, deps: Given, who: Viewer) -> dict[str, Any]:
     """Devices by step, who is left out and why, downloads, earliest end, what gates can prove."""
-    who.must_see_all("a plan")
+    must_everywhere(who, Right.VIEW, "a plan tells of all of them")
     made = against_fleet(
         _tree(body.base, "base"), _tree(body.head, "head"), deps.engine, deps.reader, deps.clock()
     )
