@@ -162,6 +162,7 @@ class Engine:
     repeat_cap: int = 2  # a device's events count up to cap + cap_per × ⌈expected⌉
     repeat_cap_per: int = 3
     repeat_min_events: int = 10  # per arm
+    sparse_share: float = 0.20  # of messages with an event: up to here a message counts once
     baseline_days: float = 14.0  # own pre-period, at most
 
     # K3 levels

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 from telemetry.evidence import curves
 from telemetry.evidence.curves import Array
@@ -26,14 +27,23 @@ from telemetry.policy import Engine
 Tick = tuple[float, float, float, float]  # d1, d0, y1, y0
 
 
-def curve(engine: Engine, ticks: Iterable[Tick]) -> Array:
-    """ℓ on `ratio_grid`; shape (ratio_points,). Zero without events; NaN for impossible counts."""
-    grid = curves.ratio_grid(engine)
-    table = np.array(list(ticks), dtype=np.float64).reshape(-1, 4)
+def flat(engine: Engine) -> Array:
+    """The curve of no event at all."""
+    return np.zeros_like(curves.ratio_grid(engine))
+
+
+def curve(engine: Engine, ticks: Iterable[Tick] | npt.NDArray[np.generic]) -> Array:
+    """ℓ on `ratio_grid`; shape (ratio_points,). Zero without events; NaN for impossible counts.
+
+    `ticks`: rows of d1, d0, y1, y0, or an array of shape (n, 4).
+    """
+    rows = ticks if isinstance(ticks, np.ndarray) else list(ticks)
+    table = np.array(rows, dtype=np.float64).reshape(-1, 4)
     if table.shape[0] == 0:
-        return np.zeros_like(grid)
+        return flat(engine)
     if not _possible(table):
-        return np.full_like(grid, math.nan)
+        return np.full_like(curves.ratio_grid(engine), math.nan)
+    grid = curves.ratio_grid(engine)
     d1, d0, y1, y0 = table.T
     w = np.divide(y1, y1 + y0, out=np.zeros_like(y1), where=(y1 + y0) > 0)
     # Same risk-set shares are gathered first: a fleet's ticks repeat them.
@@ -41,6 +51,13 @@ def curve(engine: Engine, ticks: Iterable[Tick]) -> Array:
     both = np.bincount(which.reshape(-1), weights=d1 + d0, minlength=shares.size)
     gathered = np.log1p(np.outer(shares, grid - 1))
     result: Array = d1.sum() * np.log(grid) - both @ gathered
+    return result
+
+
+def turned(engine: Engine, ell: Array) -> Array:
+    """The curve with the arms in each other's place: ℓ at 1/r, where fewer events are the harm."""
+    log = np.log(curves.ratio_grid(engine))
+    result: Array = np.interp(-log, log, ell)
     return result
 
 

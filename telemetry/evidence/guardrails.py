@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from telemetry.evidence import curves, first_events, levels, outcome
-from telemetry.evidence.observations import ArmSums, ArmTotals, EventTick, MetricSeen
+from telemetry.evidence.observations import ArmSums, ArmTotals, MetricSeen
 from telemetry.policy import Direction, Engine, Gate
 
 
@@ -96,7 +98,7 @@ def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading
     controls = any(t.arm == "control" and t.devices for t in seen.totals)
     parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
     evidence = _pooled(_rate_harm(engine, gate, seen, None, controls), parts)
-    ell = first_events.curve(engine, _ticks(gate, seen.ticks, None))
+    ell = _curve(engine, gate, seen, None)
     ratio_seen, low, high = _ratio(engine, ell, _repeats(engine, gate, seen, None))
     one, zero = _arm(seen.totals, "exposed"), _arm(seen.totals, "control")
     counts = {"exposed": one, "control": zero}
@@ -214,7 +216,7 @@ def _rate_harm(
     engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None, controls: bool
 ) -> float:
     if controls:
-        ell = first_events.curve(engine, _ticks(gate, seen.ticks, hardware))
+        ell = _curve(engine, gate, seen, hardware)
         repeats = _repeats(engine, gate, seen, hardware)
         return curves.average(
             [first_events.harm(engine, ell), levels.harm(repeats, engine.ratio_prior)]
@@ -241,11 +243,14 @@ def _ratio(engine: Engine, ell: curves.Array, repeats: levels.Normal) -> tuple[f
     return curves.peak(curves.ratio_grid(engine), ell), *first_events.band(engine, ell)
 
 
-def _ticks(gate: Gate, ticks: Iterable[EventTick], hardware: str | None) -> list[first_events.Tick]:
-    chosen = [t for t in ticks if hardware is None or t.hardware == hardware]
-    if gate.direction is Direction.DECREASE:  # fewer is harm: the arms change places
-        return [(t.d0, t.d1, t.y0, t.y1) for t in chosen]
-    return [(t.d1, t.d0, t.y1, t.y0) for t in chosen]
+def _curve(engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None) -> curves.Array:
+    """The strata's curves of first events, added."""
+    ell = first_events.flat(engine)
+    for part in seen.firsts:
+        if part.curve and (hardware is None or part.hardware == hardware):
+            ell = ell + np.array(part.curve)
+    # Where fewer events are the harm, the arms change places.
+    return first_events.turned(engine, ell) if gate.direction is Direction.DECREASE else ell
 
 
 def _repeats(engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None) -> levels.Normal:

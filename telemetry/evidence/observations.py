@@ -7,7 +7,7 @@ here adds: two shards' observations of different devices merge by `merge`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from telemetry.evidence.levels import Sums
@@ -15,17 +15,20 @@ from telemetry.policy import built, plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EventTick:
-    """First events of one tick in one stratum, and who was at risk then."""
+class FirstEvents:
+    """First events of one stratum over all its ticks: their K2 curve, and the counts beside it.
+
+    `curve` is ℓ on `curves.ratio_grid`, each tick against its own risk set; () says nothing.
+    """
 
     wave: int
     hardware: str
     band: int
-    tick: int
-    d1: int
+    d1: int  # updated devices with a first event
     d0: int
-    y1: int
+    y1: int  # updated devices that were ever at risk
     y0: int
+    curve: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,7 @@ class ArmTotals:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricSeen:
     metric: str
-    ticks: tuple[EventTick, ...] = ()
+    firsts: tuple[FirstEvents, ...] = ()
     repeats: tuple[ArmSums, ...] = ()
     levels: tuple[ArmSums, ...] = ()
     totals: tuple[ArmTotals, ...] = ()
@@ -107,7 +110,7 @@ def merge(parts: Iterable[Observations]) -> Observations:
 def _metric(name: str, parts: list[MetricSeen]) -> MetricSeen:
     return MetricSeen(
         metric=name,
-        ticks=_ticks([tick for part in parts for tick in part.ticks]),
+        firsts=_firsts([first for part in parts for first in part.firsts]),
         repeats=_sums([sums for part in parts for sums in part.repeats]),
         levels=_sums([sums for part in parts for sums in part.levels]),
         totals=_totals([total for part in parts for total in part.totals]),
@@ -135,10 +138,30 @@ def _arms(arms: list[ArmSeen]) -> tuple[ArmSeen, ...]:
     return tuple(found[key] for key in sorted(found))
 
 
-def _ticks(ticks: list[EventTick]) -> tuple[EventTick, ...]:
-    # Not added up: a shard without an event in a tick does not list its devices at risk. Each
-    # shard stays a stratum of its own, and the curves add.
-    return tuple(sorted(ticks, key=lambda t: (t.wave, t.hardware, t.band, t.tick, t.y1, t.y0)))
+def _firsts(parts: list[FirstEvents]) -> tuple[FirstEvents, ...]:
+    """A shard's devices are a stratum of their own at every tick: the curves add."""
+    found: dict[tuple[int, str, int], FirstEvents] = {}
+    for part in parts:
+        key = (part.wave, part.hardware, part.band)
+        found[key] = part if key not in found else _both(found[key], part)
+    return tuple(found[key] for key in sorted(found))
+
+
+def _both(a: FirstEvents, b: FirstEvents) -> FirstEvents:
+    return replace(
+        a,
+        d1=a.d1 + b.d1,
+        d0=a.d0 + b.d0,
+        y1=a.y1 + b.y1,
+        y0=a.y0 + b.y0,
+        curve=_added(a.curve, b.curve),
+    )
+
+
+def _added(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
+    if not a or not b:
+        return a or b
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _sums(parts: list[ArmSums]) -> tuple[ArmSums, ...]:

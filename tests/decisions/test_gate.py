@@ -271,8 +271,8 @@ def test_replay_gives_the_same_verdict_and_a_changed_input_another() -> None:
     case = Case(policy=DRIVING, step=SOAKED, outcomes=(clean(12),), observations=seen)
     data = json.loads(json.dumps(case.to_json()))
     assert judge(Case.from_json(data)) == judge(case)
-    for tick in data["observations"]["metrics"]["disengagement"]["ticks"]:
-        tick["d0"], tick["d1"] = tick["d1"] + tick["d0"], 0
+    for first in data["observations"]["metrics"]["disengagement"]["firsts"]:
+        first["curve"] = first["curve"][::-1]
     data["observations"]["metrics"]["disengagement"]["repeats"] = []
     assert judge(Case.from_json(data)).verdict is not judge(case).verdict
 
@@ -349,7 +349,7 @@ def test_evidence_needs_the_attempt_and_the_digest() -> None:
             row("a", 1220, events=1, attempt=None, digest="new", seq=2),
         ]
     )
-    assert ledger.snapshot().metric("disengagement").ticks == ()
+    assert ledger.snapshot().metric("disengagement").firsts == ()
 
 
 def test_only_the_first_event_of_a_device_counts() -> None:
@@ -357,7 +357,7 @@ def test_only_the_first_event_of_a_device_counts() -> None:
     ledger.enrol(control("c"))
     ledger.add([row("c", 1100 + 60 * k, events=5, seq=k) for k in range(4)])
     seen = ledger.snapshot().metric("disengagement")
-    assert sum(tick.d0 for tick in seen.ticks) == 1
+    assert sum(first.d0 for first in seen.firsts) == 1
     assert seen.totals[0].events == 20
 
 
@@ -366,7 +366,7 @@ def test_a_censored_device_counts_no_longer() -> None:
     ledger.enrol(control("c"))
     ledger.add([row("c", 1300, events=1)])
     ledger.censor("c", 1200)
-    assert ledger.snapshot().metric("disengagement").ticks == ()
+    assert ledger.snapshot().metric("disengagement").firsts == ()
 
 
 def test_merge_of_shards_is_everything_at_once() -> None:
@@ -375,8 +375,8 @@ def test_merge_of_shards_is_everything_at_once() -> None:
     engine = Engine()
 
     def curve(one: Observations) -> np.ndarray:
-        ticks = one.metric("disengagement").ticks
-        return first_events.curve(engine, [(t.d1, t.d0, t.y1, t.y0) for t in ticks])
+        firsts = one.metric("disengagement").firsts
+        return sum((np.array(f.curve) for f in firsts), first_events.flat(engine))
 
     assert np.allclose(curve(together), curve(seen[0]) + curve(seen[1]))
     assert merge(seen).arms[0].enrolled == 2 * seen[0].arms[0].enrolled
@@ -386,8 +386,11 @@ def test_a_lying_clock_cannot_place_evidence_before_the_enrolment() -> None:
     ledger = Ledger(DRIVING, tick=60)
     ledger.enrol(exposed("a", since=1e9))
     lying = replace(row("a", 1e9 + 60, events=1, attempt="a1", digest="new"), t0=1e9 - 500_000)
-    ledger.add([lying])
-    assert ledger.snapshot().metric("disengagement").ticks[0].tick == int(1e9 // 60)
+    ledger.enrol(control("b", since=1e9))
+    ledger.add([lying, row("b", 1e9 + 10)])
+    (first,) = ledger.snapshot().metric("disengagement").firsts
+    # Both were at risk in one tick: alone at its own time, the event would have said nothing.
+    assert first.curve == pytest.approx(first_events.curve(Engine(), [(1, 0, 1, 1)]), abs=1e-6)
 
 
 @pytest.mark.parametrize("damage", [{"step": None}, {"policy": {"name": 3}}, {"extra": 1}])
