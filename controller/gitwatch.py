@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import structlog
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import Connection, Engine, insert, select, update
 
 from controller.fleetrepo import FleetRepo, RepoUnavailable
 from controller.manifests.admission import admit
@@ -28,6 +29,7 @@ from controller.manifests.reader import Manifests, Problem, Reading, read
 from controller.recorder import Recorder
 from controller.rollout.world import Head
 from controller.store import rollouts as store
+from controller.store.lease import Fenced
 from controller.store.tables import devices, holds, releases
 from telemetry import metrics
 from telemetry.store.database import reading, writing
@@ -67,7 +69,10 @@ class GitWatch:
         clock: Callable[[], float] = time.time,
         stale_after: float = STALE_AFTER,
         woken: Callable[[], None] = lambda: None,
+        term: int | None = None,
     ) -> None:
+        """`term`: the controller's, by which its writes are fenced."""
+        self._term = term
         self._engine, self._repo, self._recorder = engine, repo, recorder
         self._clock, self._stale_after, self._woken = clock, stale_after, woken
         self._current: Head | None = None
@@ -92,6 +97,8 @@ class GitWatch:
         while not self._stopping:
             try:
                 self.poll(self._clock())
+            except Fenced:
+                return  # the loop says so, and ends us
             except Exception:  # the watcher's outermost turn: logged, and tried again
                 log.exception("git")
             self._wake.wait(interval * (0.5 + jitter()))
@@ -116,6 +123,13 @@ class GitWatch:
             self._accept(commit, now)
         if self._recorder.run_once(now):
             self._wake.set()
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with writing(self._engine) as conn:
+            if self._term is not None:
+                store.fence(conn, self._term)
+            yield conn
 
     def _refusal(self, commit: str) -> str:
         accepted = self._state.accepted
@@ -152,7 +166,7 @@ class GitWatch:
 
     def _take_holds(self, manifests: Manifests, commit: str, now: float) -> None:
         """Holds and lifts that people (or we, before a wipe) wrote into Git come into force."""
-        with writing(self._engine) as conn:
+        with self._writing() as conn:
             known = {row.id for row in conn.execute(select(holds.c.id))}
             for hold in manifests.holds.values():
                 if hold.id in known:  # ours: it stands in Git now, whoever merged it
@@ -250,7 +264,7 @@ class GitWatch:
                 blocked=self._current.blocked,
                 stale=stale,
             )
-        with writing(self._engine) as conn:
+        with self._writing() as conn:
             store.put_meta(conn, "git", _json(self._state))
 
 

@@ -85,7 +85,7 @@ class Loop:
     def __init__(self, ports: Ports, issuer: Issuer) -> None:
         self._ports = ports
         self._issuer = issuer
-        self._outbox = Outbox(ports.engine, ports.broker)
+        self._outbox = Outbox(ports.engine, ports.broker, term=issuer.term)
         self._loaded = False
         self._made = 0
 

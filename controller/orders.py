@@ -124,8 +124,12 @@ def _component(component: str, told: Told, catalog: Catalog, base_url: str) -> C
 class Outbox:
     """Publishes what is not published yet; a part that failed stays for the next time."""
 
-    def __init__(self, engine: Engine, broker: Broker, *, batch: int = 2_000) -> None:
+    def __init__(
+        self, engine: Engine, broker: Broker, *, term: int | None = None, batch: int = 2_000
+    ) -> None:
+        """`term`: the controller's; when it is over, nothing is sent any more (Fenced)."""
         self._engine = engine
+        self._term = term
         self._broker = broker
         self._batch = batch
 
@@ -135,6 +139,8 @@ class Outbox:
         while True:
             with reading(self._engine) as conn:
                 waiting = store.unpublished(conn, self._batch)
+                if waiting and self._term is not None:
+                    store.check(conn, self._term)
             if not waiting:
                 return sent
             messages = [(topic(device, Channel.DESIRED), body) for device, body, _, _ in waiting]
@@ -148,6 +154,8 @@ class Outbox:
             for kind, n in kinds.items():
                 metrics.count("bellwether_orders_published_total", n, kind=kind)
             with writing(self._engine) as conn:
+                if self._term is not None:
+                    store.fence(conn, self._term)
                 store.mark_published(conn, done)
             sent += len(done)
             if len(done) < len(waiting):

@@ -14,6 +14,7 @@ import structlog
 from sqlalchemy import Engine, select, update
 
 from controller.fleetrepo import FleetRepo, RecordRefused, RepoUnavailable, moment
+from controller.store.lease import fence
 from controller.store.tables import holds
 from telemetry.store.database import reading, writing
 
@@ -21,8 +22,9 @@ log = structlog.get_logger()
 
 
 class Recorder:
-    def __init__(self, engine: Engine, repo: FleetRepo) -> None:
-        self._engine, self._repo = engine, repo
+    def __init__(self, engine: Engine, repo: FleetRepo, *, term: int | None = None) -> None:
+        """`term`: the controller's, by which its writes are fenced."""
+        self._engine, self._repo, self._term = engine, repo, term
         self._refused: frozenset[str] = frozenset()
 
     def pending(self) -> dict[str, str]:
@@ -59,6 +61,8 @@ class Recorder:
     def _mark(self, files: list[str], commit: str) -> None:
         ids = [file.removeprefix("holds/").removesuffix(".yaml") for file in files]
         with writing(self._engine) as conn:
+            if self._term is not None:
+                fence(conn, self._term)
             conn.execute(
                 update(holds)
                 .where(holds.c.id.in_(ids), holds.c.commit.is_(None))

@@ -8,42 +8,32 @@ A child that dies is started again with back-off; SIGTERM and SIGINT end all of 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import structlog
 import uvicorn
 from sqlalchemy import Engine, select
 
-from controller import wake
+from controller import controller_role
 from controller.broker_admin import BrokerAdmin
 from controller.broker_child import BrokerChild, BrokerFailed, load_secret
 from controller.broker_roles import device_password, service_password
+from controller.controller_role import AlreadyRunning
 from controller.devices import Registry
-from controller.fleetrepo import FleetRepo
-from controller.gitwatch import GitWatch
-from controller.keys import DirectorKey, recorder_key
-from controller.loop import Loop, Ports
-from controller.orders import Issuer
-from controller.recorder import Recorder
+from controller.keys import DirectorKey
 from controller.settings import Settings
 from controller.store import devices as registry_rows
-from controller.store import rollouts as store
 from controller.store.database import open_control
 from controller.store.tables import devices
-from telemetry import metrics
-from telemetry.broker import Publisher
-from telemetry.store.database import open_engine, reading, writing
+from telemetry.store.database import open_engine, reading
 from telemetry.store.reports import Store
 from telemetry.store.schema import NewerSchema
 from telemetry.store.tables import create_schema
@@ -53,10 +43,6 @@ log = structlog.get_logger()
 ROLES = ("ingest", "controller", "api")
 RESTART_AFTER = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before the n-th restart in a row
 STEADY = 30.0  # a child that lived this long has recovered
-
-
-class AlreadyRunning(RuntimeError):
-    """Another controller works on this state directory."""
 
 
 # -- what every role shares -----------------------------------------------------------------------
@@ -84,87 +70,8 @@ def director_key(settings: Settings) -> DirectorKey:
 
 
 def run_controller(settings: Settings, stopping: threading.Event) -> None:
-    """The loop and the watcher of the fleet repository."""
-    engine, reader = control_engine(settings), telemetry_store(settings)
-    with _only_one(settings.state_dir), contextlib.ExitStack() as stack:
-        bell = wake.Bell(settings.state_dir)
-        stack.callback(bell.close)
-        heard = max((row.term for row in reader.devices_changed(0)), default=0)
-        with writing(engine) as conn:
-            term = store.take_over(conn, heard + 1)
-        repo = FleetRepo(
-            settings.repo,
-            settings.branch,
-            settings.path,
-            settings.state_dir / "git",
-            allowed_signers=settings.allowed_signers,
-            signing_key=recorder_key(settings.state_dir / "keys" / "recorder"),
-        )
-        watch = GitWatch(
-            engine,
-            repo,
-            Recorder(engine, repo),
-            url=settings.repo,
-            branch=settings.branch,
-            woken=lambda: wake.poke(settings.state_dir),
-        )
-        watcher = threading.Thread(
-            target=watch.run, args=(settings.poll_interval, random.random), name="git"
-        )
-        watcher.start()
-        stack.callback(watcher.join, 15)
-        stack.callback(watch.stop)
-        publisher = Publisher(
-            settings.broker or "", *broker_credentials(settings, "controller"), "bw-controller"
-        )
-        publisher.start()
-        stack.callback(publisher.stop)
-        loop = Loop(
-            Ports(engine=engine, reader=reader, heads=watch, broker=publisher),
-            Issuer(key=director_key(settings), term=term, base_url=settings.public_url),
-        )
-        log.info("controller", term=term, repo=settings.repo)
-        _turn(loop, engine, publisher, bell, watch, settings.tick_interval, stopping)
-
-
-def _turn(
-    loop: Loop,
-    engine: Engine,
-    publisher: Publisher,
-    bell: wake.Bell,
-    watch: GitWatch,
-    interval: float,
-    stopping: threading.Event,
-) -> None:
-    connections = 0
-    while not stopping.is_set():
-        try:
-            if publisher.connections != connections:
-                # A new session with the broker: it may have forgotten what it kept for devices.
-                connections = publisher.connections
-                with writing(engine) as conn:
-                    store.unpublish_all(conn)
-            with _timed():
-                loop.tick(time.time())
-        except store.Fenced as error:
-            log.error("fenced", detail=str(error))
-            return
-        except Exception:  # the loop's outermost turn: logged, and tried again from the database
-            log.exception("tick")
-            stopping.wait(1.0)
-        if bell.wait(interval):
-            watch.wake()
-
-
-@contextlib.contextmanager
-def _timed() -> Iterator[None]:
-    began, result = time.perf_counter(), "error"
-    try:
-        yield
-        result = "ok"
-    finally:
-        metrics.count("bellwether_loop_ticks_total", result=result)
-        metrics.observe("bellwether_loop_tick_seconds", time.perf_counter() - began)
+    """The loop and the watcher of the fleet repository, when it is our turn."""
+    controller_role.run(settings, control_engine(settings), telemetry_store(settings), stopping)
 
 
 def run_ingest(settings: Settings, stopping: threading.Event) -> None:
@@ -343,21 +250,3 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(5)
-
-
-@contextlib.contextmanager
-def _only_one(state_dir: Path) -> Iterator[IO[str]]:
-    """On one machine, one controller a state directory: the second one says so and leaves."""
-    with (state_dir / "controller.lock").open("a") as lock:
-        deadline = time.monotonic() + 5
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise AlreadyRunning(
-                        f"another controller holds {state_dir}/controller.lock: stop it first"
-                    ) from None
-                time.sleep(0.2)
-        yield lock

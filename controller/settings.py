@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     allowed_signers: Path | None = Field(None, description="ssh allowed-signers file for commits")
     poll_interval: float = Field(15.0, gt=0, description="seconds between looks at the repository")
     tick_interval: float = Field(0.5, gt=0, description="seconds between turns of the loop")
+    lease: float = Field(
+        10.0, ge=1, description="seconds of silence after which another controller takes over"
+    )
     retention: float = Field(14 * 86400.0, gt=0, description="seconds that raw health is kept")
 
     @field_validator("public_url")

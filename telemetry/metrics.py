@@ -58,6 +58,8 @@ METRICS: tuple[Metric, ...] = (
     # controller
     Metric("bellwether_loop_ticks_total", _C, "Turns of the rollout loop", ("result",)),
     Metric("bellwether_loop_tick_seconds", _H, "Duration of one turn"),
+    Metric("bellwether_controller_leading", _G, "1 while this controller leads"),
+    Metric("bellwether_controller_term", _G, "Term of this controller, while it leads"),
     Metric("bellwether_decisions_total", _C, "Recorded decisions", ("verdict",)),
     Metric("bellwether_rollouts", _G, "Rollouts by state", ("state",)),
     Metric("bellwether_devices", _G, "Devices by registry status", ("status",)),

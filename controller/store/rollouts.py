@@ -28,6 +28,10 @@ from controller.rollout.model import (
     Told,
 )
 from controller.rollout.world import Command
+from controller.store.lease import Fenced as Fenced
+from controller.store.lease import check as check
+from controller.store.lease import fence as fence
+from controller.store.lease import take_over as take_over
 from controller.store.tables import (
     commands,
     decisions,
@@ -43,24 +47,6 @@ from controller.store.tables import (
 )
 
 _UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
-
-
-class Fenced(Exception):
-    """Another controller has taken over: its term is higher. This one must stop writing."""
-
-
-def take_over(conn: Connection, at_least: int) -> int:
-    """Raise the term and answer it: every order and write of an older controller is void now."""
-    term = max(int(get_meta(conn, "term", 0)) + 1, at_least)
-    put_meta(conn, "term", term)
-    return term
-
-
-def fence(conn: Connection, term: int) -> None:
-    """Raise Fenced unless `term` is still the newest."""
-    current = int(get_meta(conn, "term", 0))
-    if current != term:
-        raise Fenced(f"term {term} was taken over by term {current}")
 
 
 def get_meta(conn: Connection, key: str, default: Any = None) -> Any:

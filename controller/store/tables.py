@@ -37,11 +37,21 @@ SCHEMA = Schema(
 )
 Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements INTEGER keys only
 
-meta = Table(  # term, schema facts, Git head: one value a key
+meta = Table(  # Git head, counters, notices: one value a key
     "meta",
     metadata,
     Column("key", String(64), primary_key=True),
     Column("value", JSON, nullable=False),
+)
+
+leases = Table(  # one row: which controller may write, see controller.store.lease
+    "leases",
+    metadata,
+    Column("name", String(16), primary_key=True),
+    Column("term", Integer, nullable=False),
+    Column("holder", String(200), nullable=False),
+    Column("beat", BigInteger, nullable=False),
+    Column("seconds", Double, nullable=False),
 )
 
 devices = Table(  # the registry: who a device is; what it runs is telemetry's

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 
 BUSY_MS = 10_000  # how long a writer waits for another one
+IDLE_MS = 60_000  # after which PostgreSQL ends a transaction whose owner says nothing
 
 
 def open_engine(url: str) -> Engine:
@@ -21,7 +22,7 @@ def open_engine(url: str) -> Engine:
     if backend == "sqlite":
         return _sqlite(url)
     if backend == "postgresql":
-        return create_engine(url, pool_pre_ping=True)
+        return _postgresql(url)
     raise ValueError(f"{backend}: use sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE")
 
 
@@ -38,6 +39,23 @@ def reading(engine: Engine) -> Iterator[Connection]:
     with engine.connect().execution_options(bellwether_reading=True) as connection:
         yield connection
         connection.rollback()
+
+
+def _postgresql(url: str) -> Engine:
+    # A dead or stopped peer must not hold us, nor we others: the kernel gives up on a silent
+    # connection, and the server ends a transaction whose owner says nothing for a minute (a
+    # process that was stopped in the middle of one, with rows locked). The URL may say otherwise.
+    silent = {
+        "connect_timeout": 10,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,  # ms
+        "options": f"-c idle_in_transaction_session_timeout={IDLE_MS}",
+    }
+    named = make_url(url).query
+    given = {name: value for name, value in silent.items() if name not in named}
+    return create_engine(url, pool_pre_ping=True, connect_args=given)
 
 
 def _sqlite(url: str) -> Engine:

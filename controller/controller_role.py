@@ -1,0 +1,194 @@
+"""The controller process: one leader that runs the loop and watches Git; others stand by.
+
+On SQLite a lock file in the state directory allows one controller, and the second one says so and
+leaves. On PostgreSQL any number may run, on one machine or several, with the same keys: the lease
+decides which of them leads (`controller.lease`). A leader that was overtaken stands by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from controller import wake
+from controller.broker_child import load_secret
+from controller.broker_roles import service_password
+from controller.fleetrepo import FleetRepo
+from controller.gitwatch import GitWatch
+from controller.keys import DirectorKey, recorder_key
+from controller.lease import Lease
+from controller.loop import Loop, Ports
+from controller.orders import Issuer
+from controller.recorder import Recorder
+from controller.settings import Settings
+from controller.store import rollouts as store
+from controller.store.lease import Fenced, writing_as
+from telemetry import metrics
+from telemetry.broker import Publisher
+from telemetry.report import TelemetryReader
+
+log = structlog.get_logger()
+
+
+class AlreadyRunning(RuntimeError):
+    """Another controller works on this state directory."""
+
+
+def run(
+    settings: Settings, engine: Engine, reader: TelemetryReader, stopping: threading.Event
+) -> None:
+    """Lead whenever it is our turn, until told to stop; raises AlreadyRunning on SQLite."""
+    shared = engine.dialect.name != "sqlite"
+    with _state_dir(settings, shared=shared) as alone:
+        name = f"{socket.gethostname()}:{settings.state_dir}"
+        lease = Lease(
+            engine,
+            holder=name[-180:] if alone else f"{name[-180:]}#{os.getpid()}",
+            seconds=settings.lease,
+            alone=alone,
+        )
+        while not stopping.is_set():
+            term = lease.wait(stopping, _above_all_heard(reader))
+            if term is None:
+                return
+            try:
+                with lease.held(term):
+                    _lead(settings, engine, reader, lease, term, stopping)
+            except Fenced as error:
+                log.warning("fenced", term=term, detail=str(error), next="standing by")
+
+
+def _above_all_heard(reader: TelemetryReader) -> int:
+    """Devices may know a higher term than a restored or wiped database does."""
+    try:
+        return 1 + max((row.term for row in reader.devices_changed(0)), default=0)
+    except SQLAlchemyError as error:  # a rollback does not wait for telemetry
+        log.warning("telemetry_unavailable", detail=str(error).splitlines()[0])
+        return 1
+
+
+def _lead(
+    settings: Settings,
+    engine: Engine,
+    reader: TelemetryReader,
+    lease: Lease,
+    term: int,
+    stopping: threading.Event,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        bell = wake.Bell(settings.state_dir)
+        stack.callback(bell.close)
+        repo = FleetRepo(
+            settings.repo,
+            settings.branch,
+            settings.path,
+            settings.state_dir / "git",
+            allowed_signers=settings.allowed_signers,
+            signing_key=recorder_key(settings.state_dir / "keys" / "recorder"),
+        )
+        watch = GitWatch(
+            engine,
+            repo,
+            Recorder(engine, repo, term=term),
+            url=settings.repo,
+            branch=settings.branch,
+            woken=lambda: wake.poke(settings.state_dir),
+            term=term,
+        )
+        watcher = threading.Thread(
+            target=watch.run, args=(settings.poll_interval, random.random), name="git"
+        )
+        watcher.start()
+        stack.callback(watcher.join, 15)
+        stack.callback(watch.stop)
+        password = service_password(load_secret(settings.state_dir), "controller")
+        # A session of this term's own: a leader that was overtaken must not cut its follower's.
+        publisher = Publisher(
+            settings.broker or "", "bw-controller", password, f"bw-controller-{term}"
+        )
+        publisher.start()
+        stack.callback(publisher.stop)
+        key = DirectorKey.load_or_create(settings.state_dir / "keys" / "director.pem")
+        loop = Loop(
+            Ports(engine=engine, reader=reader, heads=watch, broker=publisher),
+            Issuer(key=key, term=term, base_url=settings.public_url),
+        )
+        log.info("leading", term=term, repo=settings.repo)
+        turns = _Turns(loop, engine, publisher, lease, term)
+        while not stopping.is_set():
+            turns.one(stopping)
+            if bell.wait(settings.tick_interval):
+                watch.wake()
+
+
+class _Turns:
+    """The loop's outermost turn: what fails is logged, and tried again from the database."""
+
+    def __init__(
+        self, loop: Loop, engine: Engine, publisher: Publisher, lease: Lease, term: int
+    ) -> None:
+        self._loop, self._engine, self._publisher = loop, engine, publisher
+        self._lease, self._term = lease, term
+        self._sessions = 0
+
+    def one(self, stopping: threading.Event) -> None:
+        """Raises Fenced when another controller has taken over."""
+        self._lease.turned()
+        try:
+            if self._publisher.connections != self._sessions:
+                # A new session with the broker: it may have forgotten what it kept for devices.
+                sessions = self._publisher.connections
+                with writing_as(self._engine, self._term) as conn:
+                    store.unpublish_all(conn)
+                self._sessions = sessions
+            with _timed():
+                self._loop.tick(time.time())
+        except Fenced:
+            raise
+        except Exception:
+            log.exception("tick")
+            stopping.wait(1.0)
+
+
+@contextlib.contextmanager
+def _timed() -> Iterator[None]:
+    began, result = time.perf_counter(), "error"
+    try:
+        yield
+        result = "ok"
+    finally:
+        metrics.count("bellwether_loop_ticks_total", result=result)
+        metrics.observe("bellwether_loop_tick_seconds", time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _state_dir(settings: Settings, *, shared: bool) -> Iterator[bool]:
+    """Is this state directory ours alone? On SQLite it has to be: raises AlreadyRunning."""
+    with (settings.state_dir / "controller.lock").open("a") as lock:
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if shared:
+                    yield False
+                    return
+                if time.monotonic() > deadline:
+                    raise AlreadyRunning(
+                        f"another controller holds {settings.state_dir}/controller.lock: "
+                        "stop it first"
+                    ) from None
+                time.sleep(0.2)
+            else:
+                yield True
+                return
