@@ -45,7 +45,11 @@ class Evidence:
             return
         if before is not None and before.arm is Arm.CONTROL and after.arm is not Arm.CONTROL:
             ledger.censor(after.device, after.drawn_at)
+        lent = before is not None and before.arm is after.arm and before.step != after.step
+        if lent:  # a control that a later wave took over: the strata of waves stay disjoint
+            ledger.censor(after.device, after.drawn_at)
         enrolled = before is not None and before.arm is after.arm and before.exposed_at is not None
+        enrolled = enrolled and not lent
         if after.arm is Arm.RETURNING or after.exposed_at is None or enrolled:
             return
         ledger.enrol(self._enrolment(rollout, after))

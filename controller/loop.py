@@ -23,7 +23,7 @@ from controller.commands import add_hold
 from controller.evidence import Evidence
 from controller.manifests.kinds import Release
 from controller.orders import Broker, Issuer, Outbox, build
-from controller.rollout import desired, reconcile
+from controller.rollout import desired, holdout, reconcile
 from controller.rollout.model import (
     ActiveHold,
     ActiveStop,
@@ -138,6 +138,7 @@ class Loop:
                 self._evidence.open(rollout, self._pinned[rollout.id], members)
         self._recovered = False
         self._first = True
+        self._observed = now
         self._loaded = True
 
     def _observe(self, now: float) -> set[str]:
@@ -172,6 +173,9 @@ class Loop:
             self._recovered = not self._rollouts and any(terms)
             dirty |= set(self._devices)
             self._first = False
+        waited = holdout.ended(self._rollouts.values(), self._pinned, self._observed, now)
+        dirty |= {d.id for d in self._devices.values() if d.fleet in waited}
+        self._observed = now
         return dirty
 
     def _hear(self, hearing: tuple[float, float], now: float) -> None:
@@ -199,13 +203,14 @@ class Loop:
         if spec is None:
             return
         totals = self._ports.reader.totals(since=now - spec.window.total_seconds(), until=now)
-        result = score(totals, spec)
+        # Quintiles are of this fleet: another fleet's devices must not move its bands.
+        ours = totals.of(name for name, d in self._devices.items() if d.fleet == fleet)
+        result = score(ours, spec)
         quintiles = bands(result)
-        values: dict[str, tuple[float | None, int]] = {}
-        for name, value, band in zip(result.devices, result.value, quintiles, strict=True):
-            device = self._devices.get(name)
-            if device is not None and device.fleet == fleet:
-                values[name] = (None if value != value else float(value), int(band))
+        values: dict[str, tuple[float | None, int]] = {
+            name: (None if value != value else float(value), int(band))
+            for name, value, band in zip(result.devices, result.value, quintiles, strict=True)
+        }
         fleet_size = sum(d.fleet == fleet and d.governed for d in self._devices.values())
         with_score = sum(value is not None for value, _ in values.values())
         self._scores[fleet] = Scored(
@@ -475,7 +480,7 @@ class Loop:
 
     def _order_of(self, device: Device, now: float) -> tuple[Order, dict[str, Any]] | None:
         row, last = self._seen.get(device.id), self._orders.get(device.id)
-        target = desired.compose(self._place(device, row, last), self._catalog, now)
+        target = desired.compose(self._place(device, row, last, now), self._catalog, now)
         if target is None:
             return None
         running = row.components if row else {}
@@ -485,7 +490,9 @@ class Loop:
             return None  # never heard and never told: its first report says what it runs
         return build(self._issuer, device, target, self._catalog, last, row, now)
 
-    def _place(self, device: Device, row: DeviceRow | None, last: Order | None) -> desired.Place:
+    def _place(
+        self, device: Device, row: DeviceRow | None, last: Order | None, now: float
+    ) -> desired.Place:
         speaking, past = [], {}
         for rollout_id, members in self._members.items():
             member = members.get(device.id)
@@ -505,13 +512,17 @@ class Loop:
             past=past,
             holds=[h for h in self._holds if h.fleet == device.fleet],
             stops=self._stops,
-            proven=self._proven_for(device),
+            proven=self._proven_for(device, now),
             on_unknown=str(fleet.on_unknown) if fleet else "keep",
         )
 
-    def _proven_for(self, device: Device) -> dict[str, Proven]:
+    def _proven_for(self, device: Device, now: float) -> dict[str, Proven]:
         found: dict[str, Proven] = {}
+        rollouts = self._rollouts.values()
+        withheld = holdout.withheld(rollouts, self._pinned, device.fleet, device.id, now)
         for (fleet, component, hardware), proven in self._proven.items():
+            if proven.release in withheld:
+                continue
             if fleet == device.fleet and hardware in ("", device.hardware):
                 best = found.get(component)
                 if best is None or proven.at > best.at or hardware:

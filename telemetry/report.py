@@ -9,7 +9,7 @@ through broker and ingest). Silence is measured on it, so an outage of ours sile
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -81,6 +81,17 @@ class Totals:
     counters: Mapping[str, npt.NDArray[np.float64]]
     exposure: Mapping[str, npt.NDArray[np.float64]]
     levels: Mapping[str, npt.NDArray[np.float64]]  # means; NaN where a device has no sample
+
+    def of(self, devices: Iterable[str]) -> Totals:
+        """Those of these devices alone, in the same order; unknown ones are left out."""
+        wanted = set(devices)
+        kept = np.array([i for i, name in enumerate(self.devices) if name in wanted], dtype=np.intp)
+        return Totals(
+            devices=[self.devices[i] for i in kept],
+            counters={name: column[kept] for name, column in self.counters.items()},
+            exposure={name: column[kept] for name, column in self.exposure.items()},
+            levels={name: column[kept] for name, column in self.levels.items()},
+        )
 
 
 class TelemetryReader(Protocol):

@@ -88,7 +88,7 @@ class DeviceBook:
         if spec is None:
             return _Scored(now, {}, _cohorts(conn, fleet, pinned, {}, {}))
         totals = self._reader.totals(since=now - spec.window.total_seconds(), until=now)
-        result = score(totals, spec)
+        result = score(totals.of(row.id for row in _of(conn, fleet)), spec)
         values = _values(result)
         quintiles = dict(zip(result.devices, (int(b) for b in bands(result)), strict=True))
         return _Scored(now, values, _cohorts(conn, fleet, pinned, values, quintiles))
@@ -118,19 +118,22 @@ def _cohorts(
     quintiles: Mapping[str, int],
 ) -> dict[str, str]:
     """The cohort that each device would be drawn from now."""
-    rows = views.list_devices(
-        conn, after="", limit=1_000_000, fleets=frozenset(), fleet=fleet, status="active"
-    )
     candidates = [
         Candidate(
             device=Device(id=row.id, fleet=row.fleet, labels=row.labels, status=row.status),
             score=values.get(row.id, {}).get("value"),
             band=quintiles.get(row.id, -1),
         )
-        for row in rows
+        for row in _of(conn, fleet, status="active")
     ]
     found = assign(pinned.fleet.cohorts, candidates, "view")
     return {c.device.id: name for name, members in found.items() for c in members}
+
+
+def _of(conn: Connection, fleet: str, status: str = "") -> Sequence[Row[Any]]:
+    return views.list_devices(
+        conn, after="", limit=1_000_000, fleets=frozenset(), fleet=fleet, status=status
+    )
 
 
 def _device(

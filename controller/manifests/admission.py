@@ -18,6 +18,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from controller.manifests.kinds import (
     Expression,
     Fleet,
+    Mode,
     OfflineAction,
     OnUnknown,
     Operator,
@@ -173,9 +174,18 @@ class _Rules:
     def _steps(self, rollout: Rollout, fleet: Fleet) -> Iterator[Problem]:
         blocks = frozenset({rollout.name})
         names = [cohort.name for cohort in fleet.cohorts]
+        best = {c.name for c in fleet.cohorts if c.select and c.select.mode is Mode.BEST_FIRST}
         reached: dict[str, float] = {}
         for i, step in enumerate(rollout.strategy.steps):
             path: Path = ("spec", "strategy", "steps", i)
+            if step.cohort in best and i > 0:
+                message = (
+                    f"best_first is for the first wave alone: this step draws {step.cohort} "
+                    "stratified"
+                )
+                yield self._error(
+                    "Rollout", rollout.name, (*path, "cohort"), message, frozenset(), "notice"
+                )
             if step.cohort not in names:
                 message = (
                     f"fleet {fleet.name} has no cohort {step.cohort}; it has {', '.join(names)}"
@@ -240,7 +250,6 @@ class _Rules:
             strategy = rollout.strategy
             fields = [
                 ("urgency", rollout.urgency is not None),
-                ("holdout", rollout.holdout is not None),
                 ("strategy.offline.action", strategy.offline.action is not OfflineAction.DEFER),
                 ("strategy.onInconclusive", strategy.on_inconclusive.action == "grow"),
                 ("rollback.pace", rollout.rollback.pace != "immediate"),

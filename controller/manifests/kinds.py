@@ -132,6 +132,7 @@ class Cohort(Model):
     select: Select | None = None
     limit: Annotated[Whole, Field(ge=1)] | None = None
     spread: tuple[Label, ...] = ()
+    caps: Mapping[Label, Annotated[Share, Field(gt=0, le=1)]] = Field(default_factory=dict)
     rest: Truth = False
 
     @model_validator(mode="after")

@@ -44,6 +44,7 @@ def build(
             updated=seen.updated,
             margins=_margins(wave, rollout, members),
             fix=wave.fixes is not None,
+            valid_from=rollout.flags.get("valid_from"),
         ),
         observations=world.observations.get(rollout.id, Observations()),
         outcomes=_outcomes(world, rollout, members),
@@ -53,6 +54,7 @@ def build(
         history=_history(world, rollout),
         release=rollout.release,
         commit=rollout.commit[:7],
+        weights=rollout.flags.get("strata", {}),
     )
 
 

@@ -7,10 +7,12 @@ fleet that the release is compatible with, from a source version that it allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from controller.rollout import opening
+from controller.manifests.kinds import Cohort, Mode
+from controller.rollout import controls, holdout, opening
 from controller.rollout.cohort import Candidate, assign, draw, halves, scored
 from controller.rollout.desired import in_range
 from controller.rollout.follow import runs_target
@@ -35,39 +37,28 @@ def draw_step(
             yield put
             members = {m.device: m for m in put.members}
     everybody = _candidates(world, rollout, pinned)
-    already = frozenset(m.device for m in members.values() if m.arm is not Arm.CONTROL)
     seed = f"{rollout.seed}/{rollout.step}"
     if wave.fixes:
-        exposed, control, size, warnings = _draw_fix(world, rollout, wave, everybody, seed)
+        drawn = _draw_fix(world, rollout, wave, everybody, seed)
     else:
         cohort = next(c for c in pinned.fleet.cohorts if c.name == wave.step.cohort)
-        cohorts = assign(pinned.fleet.cohorts, everybody, rollout.seed)
-        inside = cohorts[cohort.name]
-        if wave.index == len(pinned.waves) - 1 and wave.step.percent == 1:
-            inside = inside + _passed_by(pinned, cohorts, cohort.name, already)
-        there = frozenset(c.device.id for c in inside if runs(world, rollout, c.device))
-        drawn = draw(
-            cohort,
-            inside=[c for c in inside if may_take(world, rollout, pinned, c.device)],
-            everybody=[c for c in everybody if not runs(world, rollout, c.device)],
-            already=already | there,
-            percent=wave.step.percent,
-            seed=seed,
-            whole=len(inside),
-        )
-        exposed, control = list(drawn.exposed), list(drawn.control)
-        size, warnings = drawn.size, list(drawn.warnings)
+        inside = _inside(rollout, pinned, wave, cohort, everybody, members)
         if not inside:
             yield from _no_members(world, rollout, pinned, wave, now)
             return
-    new = [_member(c, rollout, Arm.EXPOSED, now) for c in exposed]
-    new += [_member(c, rollout, Arm.CONTROL, now) for c in control if c.device.id not in already]
+        drawn = _draw(world, rollout, pinned, wave, cohort, inside, everybody, members, seed, now)
+    new = [_member(c, rollout, Arm.EXPOSED, now) for c in drawn.exposed]
+    new += [_member(c, rollout, Arm.CONTROL, now) for c in drawn.control]
     if new:
         yield Put(rollout=rollout.id, members=tuple(new))
     sentence = (
-        f"step {rollout.step + 1} of {len(pinned.waves)} ({wave.name}): {len(exposed)} of {size} "
-        f"devices drawn, {len(control)} as control"
+        f"step {rollout.step + 1} of {len(pinned.waves)} ({wave.name}): {len(drawn.exposed)} of "
+        f"{drawn.size} devices drawn, {len(drawn.control)} as control"
     )
+    if drawn.held_out:
+        sentence += f", {drawn.held_out} held out until the benefit is measured"
+    if drawn.valid_from is not None:
+        sentence += f"; best first: what it shows is valid for scores ≥ {drawn.valid_from:g}"
     yield Change(
         rollout=replace(
             rollout,
@@ -78,22 +69,132 @@ def draw_step(
             soak_mark=None,
             updated_at=now,
             revision=rollout.revision + 1,
-            flags={**rollout.flags, "drawn": rollout.step, "verdict": "", "extended_at": 0.0},
+            flags={
+                **rollout.flags,
+                "drawn": rollout.step,
+                "verdict": "",
+                "extended_at": 0.0,
+                "strata": controls.weights(everybody),
+                "valid_from": drawn.valid_from,
+            },
         )
     )
     yield Decision(
         rollout=rollout.id,
         kind="draw",
         verdict="drawn",
-        sentence="; ".join([sentence, *warnings]),
+        sentence="; ".join([sentence, *drawn.warnings]),
         inputs={
             "seed": seed,
             "cohort": wave.step.cohort,
             "percent": wave.step.percent,
-            "exposed": [c.device.id for c in exposed],
-            "control": [c.device.id for c in control],
+            "exposed": [c.device.id for c in drawn.exposed],
+            "control": [c.device.id for c in drawn.control],
+            "bands": dict(sorted(Counter(str(c.band) for c in drawn.exposed).items())),
+            "floor": drawn.floor,
+            "valid_from": drawn.valid_from,
+            "held_out": drawn.held_out,
+            "warnings": list(drawn.warnings),
         },
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawn:
+    exposed: Sequence[Candidate]
+    control: Sequence[Candidate]
+    size: int
+    floor: float | None = None
+    valid_from: float | None = None
+    held_out: int = 0  # of the cohort, for the holdout
+    warnings: tuple[str, ...] = ()
+
+
+def _draw(
+    world: World,
+    rollout: Rollout,
+    pinned: Pinned,
+    wave: Wave,
+    cohort: Cohort,
+    inside: list[Candidate],
+    everybody: list[Candidate],
+    members: Mapping[str, Member],
+    seed: str,
+    now: float,
+) -> _Drawn:
+    already = frozenset(m.device for m in members.values() if m.arm is not Arm.CONTROL)
+    there = frozenset(c.device.id for c in everybody if runs(world, rollout, c.device))
+    first, after_best = _place(pinned, wave)
+    kept_out = frozenset(
+        c.device.id for c in inside if holdout.keeps_out(rollout, pinned, c.device.id, now)
+    )
+    drawn = draw(
+        cohort,
+        inside=[
+            c
+            for c in inside
+            if c.device.id not in kept_out and may_take(world, rollout, pinned, c.device)
+        ],
+        already=already | there,
+        percent=wave.step.percent,
+        seed=seed,
+        whole=len(inside),
+        first=first,
+        every_band=after_best,
+    )
+    taken = already | there | {c.device.id for c in drawn.exposed}
+    matched = controls.match(
+        cohort,
+        drawn.exposed,
+        [c for c in everybody if c.device.id not in taken],
+        seed,
+        engine=pinned.policy.judged.engine,
+        inside=frozenset(c.device.id for c in inside),
+        serving=frozenset(m.device for m in members.values() if m.arm is Arm.CONTROL),
+        best_first=drawn.valid_from is not None,
+    )
+    return _Drawn(
+        exposed=drawn.exposed,
+        control=matched.chosen,
+        size=drawn.size,
+        floor=matched.floor,
+        valid_from=drawn.valid_from,
+        held_out=len(kept_out),
+        warnings=(*drawn.warnings, *matched.warnings),
+    )
+
+
+def _place(pinned: Pinned, wave: Wave) -> tuple[bool, bool]:
+    """(is this the first wave, does it follow a first one that was best_first)."""
+    normal = [w for w in pinned.waves if not w.fixes]
+    place = normal.index(wave)
+    cohorts = {cohort.name: cohort for cohort in pinned.fleet.cohorts}
+    opener = cohorts[normal[0].step.cohort].select
+    best = opener is not None and opener.mode is Mode.BEST_FIRST
+    return place == 0, place == 1 and best
+
+
+def _inside(
+    rollout: Rollout,
+    pinned: Pinned,
+    wave: Wave,
+    cohort: Cohort,
+    everybody: list[Candidate],
+    members: Mapping[str, Member],
+) -> list[Candidate]:
+    """The cohort's devices now; who was drawn from a cohort is still in it."""
+    names = {w.index: w.step.cohort for w in pinned.waves if not w.fixes}
+    drawn = {
+        m.device: names[m.step]
+        for m in members.values()
+        if m.arm is Arm.EXPOSED and m.step in names
+    }
+    cohorts = assign(pinned.fleet.cohorts, everybody, rollout.seed, drawn)
+    inside = cohorts[cohort.name]
+    if wave.index == len(pinned.waves) - 1 and wave.step.percent == 1:
+        already = frozenset(m.device for m in members.values() if m.arm is not Arm.CONTROL)
+        inside = inside + _passed_by(pinned, cohorts, cohort.name, already)
+    return inside
 
 
 def _passed_by(
@@ -106,11 +207,12 @@ def _passed_by(
 
 def _draw_fix(
     world: World, rollout: Rollout, wave: Wave, everybody: list[Candidate], seed: str
-) -> tuple[list[Candidate], list[Candidate], int, list[str]]:
+) -> _Drawn:
     ran = set(opening.who_ran(world, rollout.fleet, wave.fixes or ""))
     those = [c for c in everybody if c.device.id in ran]
     first, control = halves(those, seed)
-    return first, control, len(those), []
+    free = [c for c in control if c.device.id not in world.members.get(rollout.id, {})]
+    return _Drawn(exposed=first, control=free, size=len(those))
 
 
 def _no_members(

@@ -81,6 +81,7 @@ class StepLimits:
     updated: int = 0
     margins: Mapping[str, float] = field(default_factory=dict)  # ratio, failed, lost, <metric>
     fix: bool = False  # a fix's first wave: too few devices to prove a rate or a level safe
+    valid_from: float | None = None  # best first: what it shows is valid for scores from here on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,7 @@ class Case:
     corroborated: tuple[str, ...] = ()  # event metrics that a server-side fact confirms
     release: str = ""
     commit: str = ""
+    weights: Mapping[str, float] = field(default_factory=dict)  # band/hardware → eligible devices
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = plain(self)
@@ -253,7 +255,7 @@ def _readings(case: Case) -> list[Reading]:
         seen = case.observations.metric(gate.metric)
         if gate.type is GateType.RATE:
             margin = _ratio_margin(engine, gate, step)
-            readings.append(guardrails.rate(engine, gate, seen, margin))
+            readings.append(guardrails.rate(engine, gate, seen, margin, case.weights))
         elif gate.type is GateType.PROPORTION and gate.metric != UPDATE_OK:
             margin = step.margins.get(
                 gate.metric, gate.margin.absolute or _failed_margin(engine, step)
@@ -473,8 +475,12 @@ def _widened(case: Case, readings: list[Reading], proofs: list[_Shares]) -> str:
 def _judgement(
     case: Case, verdict: Verdict, sentence: str, numbers: Mapping[str, Any]
 ) -> Judgement:
-    tail = f"; by policy `{case.policy.name}`" if verdict is Verdict.ROLL_BACK else ""
-    if tail and case.commit:
+    tail = ""
+    if case.step.valid_from is not None:
+        tail = f"; best first: valid for scores ≥ {case.step.valid_from:g}"
+    if verdict is Verdict.ROLL_BACK:
+        tail += f"; by policy `{case.policy.name}`"
+    if verdict is Verdict.ROLL_BACK and case.commit:
         tail += f", commit {case.commit[:7]}"
     return Judgement(verdict=verdict, sentence=sentence + tail, numbers=_jsonable(numbers))
 
@@ -512,6 +518,7 @@ def _numbers(
         },
         "unproven": sorted({h for proof in proofs for h in proof.unproven}),
         "soaked": case.step.soaked,
+        "valid_from": case.step.valid_from,
         "page": False,
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from telemetry.evidence import curves, first_events, levels, outcome
+from telemetry.evidence import curves, first_events, fleetwide, levels, outcome
 from telemetry.evidence.observations import ArmSums, ArmTotals, MetricSeen
 from telemetry.policy import Direction, Engine, Gate
 
@@ -92,8 +92,17 @@ def silence(engine: Engine, groups: Mapping[str, tuple[int, int, int, int]]) -> 
     )
 
 
-def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading:
-    """A rate gate: ratio against control, and the absolute budget."""
+def rate(
+    engine: Engine,
+    gate: Gate,
+    seen: MetricSeen,
+    margin: float,
+    weights: Mapping[str, float] | None = None,
+) -> Reading:
+    """A rate gate: ratio against control, and the absolute budget.
+
+    `weights`: `band/hardware` → devices of the eligible fleet, for the fleet-level number.
+    """
     hardware = sorted({t.hardware for t in seen.totals})
     controls = any(t.arm == "control" and t.devices for t in seen.totals)
     parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
@@ -115,6 +124,8 @@ def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading
         safe = math.nan if math.isnan(against) or math.isnan(ratio) else max(ratio, against)
         lacks = _lacks_hours(engine, gate, seen, budget)
     rate1, rate0 = _rate(one, gate), _rate(zero, gate)
+    whole = fleetwide.estimate(seen.bands, weights or {}, engine.ratio_prior)
+    fleet = {"fleet": whole.to_json()} if whole is not None else {}
     return Reading(
         name=gate.metric,
         kind="events",
@@ -124,9 +135,10 @@ def rate(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading
         estimate=ratio_seen if controls else math.nan,
         band=(low, high),
         dry_run=gate.dry_run,
-        counts=counts | {"rate": rate1, "control_rate": rate0, "ratio_band": [low, high]},
+        counts=counts | {"rate": rate1, "control_rate": rate0, "ratio_band": [low, high]} | fleet,
         lacks=lacks,
-        says=_says_rate(gate, one, zero, (ratio_seen, low, high), margin, budget),
+        says=_says_rate(gate, one, zero, (ratio_seen, low, high), margin, budget)
+        + _says_fleet(gate, whole),
     )
 
 
@@ -349,6 +361,17 @@ def _says_rate(
     limit = f"{_number(margin)} × control" if low >= margin else "control"
     verb = "exceed" if low > 1 else "against"
     return f"{shown} {verb} {limit} ({_number(rate0)}); {tail}"
+
+
+def _says_fleet(gate: Gate, whole: fleetwide.Fleetwide | None) -> str:
+    """The post-stratified number, with the excess that a ratio hides."""
+    if whole is None or math.isnan(whole.ratio):
+        return ""
+    part = "" if whole.covered > 0.995 else f" (of {whole.covered:.0%} of it)"
+    return (
+        f"; for the fleet{part} {_number(whole.ratio)} ×, {whole.excess:+.3g} per 1,000 "
+        f"{_words(gate.unit)}s"
+    )
 
 
 def _level_margin(gate: Gate, mean: float, logged: bool) -> float:

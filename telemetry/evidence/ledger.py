@@ -351,6 +351,7 @@ class Ledger:
                 firsts=tally.first_events(gate.metric),
                 repeats=tally.repeats(gate) if gate.type is GateType.RATE else (),
                 totals=tally.totals(gate),
+                bands=tally.bands(gate) if gate.type is GateType.RATE else (),
             )
         for gate in self._level_gates:
             shape = (self._shapes or {}).get(gate.metric)

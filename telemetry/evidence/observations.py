@@ -57,12 +57,24 @@ class ArmTotals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BandSums:
+    """One metric in one stratum of the draw: y = capped events, x = exposure in its unit."""
+
+    wave: int
+    hardware: str
+    band: int  # score quintile 0–4; −1: unscored
+    exposed: Sums
+    control: Sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MetricSeen:
     metric: str
     firsts: tuple[FirstEvents, ...] = ()
     repeats: tuple[ArmSums, ...] = ()
     levels: tuple[ArmSums, ...] = ()
     totals: tuple[ArmTotals, ...] = ()
+    bands: tuple[BandSums, ...] = ()
     logged: bool = False  # levels were taken as logarithms
 
 
@@ -114,6 +126,7 @@ def _metric(name: str, parts: list[MetricSeen]) -> MetricSeen:
         repeats=_sums([sums for part in parts for sums in part.repeats]),
         levels=_sums([sums for part in parts for sums in part.levels]),
         totals=_totals([total for part in parts for total in part.totals]),
+        bands=_bands([band for part in parts for band in part.bands]),
         logged=any(part.logged for part in parts),
     )
 
@@ -177,6 +190,21 @@ def _sums(parts: list[ArmSums]) -> tuple[ArmSums, ...]:
                 hardware=part.hardware,
                 exposed=old.exposed + part.exposed,
                 control=old.control + part.control,
+            )
+        )
+    return tuple(found[key] for key in sorted(found))
+
+
+def _bands(parts: list[BandSums]) -> tuple[BandSums, ...]:
+    found: dict[tuple[int, str, int], BandSums] = {}
+    for part in parts:
+        key = (part.wave, part.hardware, part.band)
+        old = found.get(key)
+        found[key] = (
+            part
+            if old is None
+            else replace(
+                part, exposed=old.exposed + part.exposed, control=old.control + part.control
             )
         )
     return tuple(found[key] for key in sorted(found))

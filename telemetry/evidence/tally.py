@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from telemetry.evidence.levels import Sums
-from telemetry.evidence.observations import ArmSeen, ArmSums, ArmTotals, FirstEvents
+from telemetry.evidence.observations import ArmSeen, ArmSums, ArmTotals, BandSums, FirstEvents
 from telemetry.evidence.risk_sets import Firsts
 from telemetry.policy import Engine, Gate
 
@@ -167,16 +167,38 @@ class Tally:
 
     def repeats(self, gate: Gate) -> tuple[ArmSums, ...]:
         """K3r: capped events against what the unit's own past makes expect."""
-        engine, n = self._engine, self.units
-        hours = np.maximum(self._amount(self._now, gate.unit), 0.0)
+        n = self.units
         what = self._vote_name(gate)
-        before = np.maximum(self.past(what)[:n], 0.0)
-        past = np.maximum(self._amount(self._past, gate.unit), 0.0)
-        prior = engine.repeat_prior
-        expected = hours * (before + prior) / (past + prior / self._usual(gate, what))
+        hours, expected = self._expected(gate, what)
         events = np.maximum(self.now(what)[:n], 0.0)
         capped = np.minimum(events, self._cap(expected))
         return self._sums(capped, expected, hours > 0)
+
+    def bands(self, gate: Gate) -> tuple[BandSums, ...]:
+        """Capped events and exposure of each stratum of the draw, for the fleet-level number."""
+        n = self.units
+        what = f"events {gate.metric}"
+        x, expected = self._expected(gate, what)
+        y = np.minimum(np.maximum(self.now(what)[:n], 0.0), self._cap(expected))
+        use = (x > 0).astype(np.float64)
+        slot = self._stratum[:n] * 2 + self._exposed[:n]
+        rows = [use, y * use, x, y * y * use, x * y, x * x]
+        sums = [_by(slot, row, 2 * len(self._strata)) for row in rows]
+
+        def arm(at: int) -> Sums:
+            m, y, x, yy, xy, xx = (float(row[at]) for row in sums)
+            return Sums(n=m, y=y, x=x, yy=yy, xy=xy, xx=xx)
+
+        return tuple(
+            BandSums(
+                wave=wave,
+                hardware=hardware,
+                band=band,
+                exposed=arm(2 * s + 1),
+                control=arm(2 * s),
+            )
+            for (wave, hardware, band), s in sorted(self._strata.items())
+        )
 
     def levels(self, gate: Gate) -> tuple[ArmSums, ...]:
         """K3: the unit's mean against its own mean before; without one, its stratum's usual."""
@@ -248,6 +270,14 @@ class Tally:
         )
 
     # -- sums --------------------------------------------------------------------------------------
+
+    def _expected(self, gate: Gate, what: str) -> tuple[Floats, Floats]:
+        """(exposure, events to expect in it): the unit's own past, shrunk to the fleet's rate."""
+        n, prior = self.units, self._engine.repeat_prior
+        hours = np.maximum(self._amount(self._now, gate.unit), 0.0)
+        before = np.maximum(self.past(what)[:n], 0.0)
+        past = np.maximum(self._amount(self._past, gate.unit), 0.0)
+        return hours, hours * (before + prior) / (past + prior / self._usual(gate, what))
 
     def _vote_name(self, gate: Gate) -> str:
         """Rare events come in bursts: a message with one counts once, however many it reports.
