@@ -67,10 +67,13 @@ def match(
     total = min(sum(sizes.values()), engine.controls_cap)
     quota = portions(sizes, total, rank(seed, "controls"))
     chosen = [c for stratum in sorted(sizes, key=repr) for c in pools[stratum][: quota[stratum]]]
+    bands = {c.band for c in exposed}
+    if not best_first:  # a band of the cohort from which nobody was drawn is as thin as can be
+        bands |= {int(str(stratum[0])) for stratum, pool in own.items() if pool}
     return Controls(
         chosen=tuple(chosen),
         floor=floor,
-        warnings=tuple(_warnings(exposed, chosen, strangers, floor, engine)),
+        warnings=tuple(_warnings(exposed, chosen, sorted(bands), strangers, floor, engine)),
     )
 
 
@@ -107,6 +110,7 @@ def _ordered(
 def _warnings(
     exposed: Sequence[Candidate],
     control: Sequence[Candidate],
+    bands: Sequence[int],
     strangers: Sequence[Stratum],
     floor: float | None,
     engine: Engine,
@@ -116,7 +120,7 @@ def _warnings(
         yield f"no control{above} is left: judged by absolute budgets only"
         return
     one, zero = Counter(c.band for c in exposed), Counter(c.band for c in control)
-    thin = [_band(b) for b in sorted(one) if min(one[b], zero[b]) < engine.band_floor]
+    thin = [_band(b) for b in bands if min(one[b], zero[b]) < engine.band_floor]
     if thin:
         yield f"{', '.join(thin)}: fewer than {engine.band_floor} devices in an arm"
     if strangers:

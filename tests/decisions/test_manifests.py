@@ -237,11 +237,11 @@ def test_a_digest_is_what_a_release_is_not_what_it_is_called() -> None:
 
 
 def test_fields_of_later_issues_are_noticed_not_ignored() -> None:
-    text = ROLLOUT + "  holdout: {percent: 5%, for: 14d, unit: device}\n"
+    text = ROLLOUT + "  rollback: {pace: steps}\n"
     reading = read({**GOOD, "rollout.yaml": text})
     notices = [p for p in _all(reading) if p.severity == "notice"]
     assert [(p.field, p.message) for p in notices] == [
-        ("spec.holdout", "accepted and checked, not in force yet")
+        ("spec.rollback.pace", "accepted and checked, not in force yet")
     ]
 
 
