@@ -36,6 +36,11 @@ _ALLOWED: Mapping[str, frozenset[RolloutState]] = {
 }
 
 
+def allowed(kind: str, state: str) -> bool:
+    """Does a rollout in this state take this verb?"""
+    return state in _ALLOWED.get(kind, frozenset())
+
+
 class Refused(Exception):
     """A command that was not recorded. `code` is the HTTP status that says why."""
 

@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from controller.broker_admin import BrokerUnavailable
-from controller.http import page, plans, problems, reads, services, session, verbs
+from controller.http import plans, problems, reads, services, session, verbs
+from controller.http.dashboard import pages
 from controller.http.devicebook import DeviceBook
 from controller.http.guard import Guard
 from controller.http.ports import Deps
@@ -39,10 +40,11 @@ def create_app(deps: Deps) -> FastAPI:
     app.state.local_csrf = secrets.token_urlsafe(32)
     problems.install(app)
     app.add_exception_handler(session.LoginNeeded, session.to_login)
+    pages.install(app, deps)
     # The more special paths come first: `/devices/{d}:move` before anything that takes any name.
     routers = (
         verbs.router, plans.router, services.api, reads.router, services.router, session.router,
-        page.router,
+        *pages.routers,
     )  # fmt: skip
     for router in routers:
         app.include_router(router)
@@ -54,6 +56,7 @@ def create_app(deps: Deps) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     task = asyncio.create_task(_keep_accounts(app.state.deps))
     yield
+    await app.state.live.close()
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Row
@@ -20,7 +21,7 @@ from controller.rollout.waves import Pinned
 from controller.store import views
 from device_agent.protocol import to_wire
 from telemetry.report import DeviceRow, TelemetryReader
-from telemetry.score import Scores, bands, score
+from telemetry.score import Explanation, Scores, bands, score
 
 _SCORES_LAST = 10.0
 
@@ -30,6 +31,8 @@ class _Scored:
     at: float
     values: Mapping[str, Mapping[str, Any]]
     cohorts: Mapping[str, str]
+    scores: Scores | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)  # cohort → devices
 
 
 class DeviceBook:
@@ -40,6 +43,14 @@ class DeviceBook:
         self._seen: dict[str, DeviceRow] = {}
         self._change = 0
         self._scored: dict[str, _Scored] = {}
+        self._followers: list[Callable[[DeviceRow], None]] = []
+
+    def follow(self, tell: Callable[[DeviceRow], None]) -> None:
+        """Call `tell` with every row that is read from now on; it must be quick."""
+        with self._lock:
+            for row in self._seen.values():
+                tell(row)
+            self._followers.append(tell)
 
     def seen(self) -> Mapping[str, DeviceRow]:
         """The last word of every device."""
@@ -47,6 +58,8 @@ class DeviceBook:
             for row in self._reader.devices_changed(self._change):
                 self._seen[row.device] = row
                 self._change = max(self._change, row.change)
+                for tell in self._followers:
+                    tell(row)
             return self._seen
 
     def describe(self, conn: Connection, rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:
@@ -68,6 +81,17 @@ class DeviceBook:
             for row in rows
         ]
 
+    def explain(self, conn: Connection, fleet: str, device: str) -> Explanation | None:
+        """The arithmetic of one device's score; None where there is none."""
+        scores = self._score(conn, fleet).scores
+        return None if scores is None else scores.explain(device)
+
+    def cohort_sizes(self, fleet: str) -> Mapping[str, int]:
+        """Devices in each cohort when the fleet was last scored; empty before that."""
+        with self._lock:
+            known = self._scored.get(fleet)
+        return {} if known is None else known.sizes
+
     def _score(self, conn: Connection, fleet: str) -> _Scored:
         now = self._clock()
         with self._lock:
@@ -86,12 +110,14 @@ class DeviceBook:
         pinned = Pinned.from_json(plain)
         spec = pinned.policy.score
         if spec is None:
-            return _Scored(now, {}, _cohorts(conn, fleet, pinned, {}, {}))
+            cohorts = _cohorts(conn, fleet, pinned, {}, {})
+            return _Scored(now, {}, cohorts, None, Counter(cohorts.values()))
         totals = self._reader.totals(since=now - spec.window.total_seconds(), until=now)
         result = score(totals.of(row.id for row in _of(conn, fleet)), spec)
         values = _values(result)
         quintiles = dict(zip(result.devices, (int(b) for b in bands(result)), strict=True))
-        return _Scored(now, values, _cohorts(conn, fleet, pinned, values, quintiles))
+        cohorts = _cohorts(conn, fleet, pinned, values, quintiles)
+        return _Scored(now, values, cohorts, result, Counter(cohorts.values()))
 
 
 def _values(result: Scores) -> dict[str, dict[str, Any]]:

@@ -14,28 +14,21 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import RedirectResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 
 from controller import sessions, tokens
 from controller.http import access
+from controller.http.dashboard import rendering
 from controller.http.ports import Given
 from controller.http.problems import Problem
 from controller.roles import Principal, Right
 
 router = APIRouter(include_in_schema=False)
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-)
 LOGIN_COOKIE = "bellwether-login"
 _MOST_FIELDS = 64
 
@@ -104,9 +97,8 @@ def _login_page(request: Request, path: str, problem: str) -> Response:
     csrf = request.cookies.get(LOGIN_COOKIE, "")
     if not 20 <= len(csrf) <= 64:
         csrf = secrets.token_urlsafe(24)
-    html = _TEMPLATES.get_template("login.html").render(csrf=csrf, next=path, problem=problem)
-    page = Response(html, 403 if problem else 200, media_type="text/html")
-    page.headers["Cache-Control"] = "no-store"
+    shown = {"csrf": csrf, "next": path, "problem": problem, "title": "Log in"}
+    page = rendering.page(request, "login.html", None, shown, 403 if problem else 200)
     page.set_cookie(
         LOGIN_COOKIE, csrf, max_age=3600, path="/login", httponly=True, samesite="strict",
         secure=_secure(request),

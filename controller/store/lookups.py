@@ -1,0 +1,247 @@
+"""What the pages ask of the control database: by index and with limits, counters before scans.
+
+Reading only. What the API answers too stands in `views`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, func, select
+
+from controller.store.tables import (
+    audit,
+    decisions,
+    desired,
+    devices,
+    members,
+    proven,
+    releases,
+    rollouts,
+)
+from controller.store.views import when
+
+Plain = dict[str, Any]
+Rows = Sequence[Any]  # rows of the columns that the query names
+_LIGHT = [column for column in rollouts.c if column.name not in ("pinned", "seed", "artifacts")]
+
+
+# -- rollouts -------------------------------------------------------------------------------------
+
+
+def newest_of_fleets(conn: Connection, fleets: frozenset[str]) -> Rows:
+    """The newest rollout of each fleet, whole."""
+    newest = select(func.max(rollouts.c.id)).group_by(rollouts.c.fleet)
+    if fleets:
+        newest = newest.where(rollouts.c.fleet.in_(sorted(fleets)))
+    return conn.execute(select(rollouts).where(rollouts.c.id.in_(newest.scalar_subquery()))).all()
+
+
+def newest_of_fleet(conn: Connection, fleet: str) -> Row[Any] | None:
+    query = select(rollouts).where(rollouts.c.fleet == fleet).order_by(rollouts.c.id.desc())
+    return conn.execute(query.limit(1)).first()
+
+
+def in_states(conn: Connection, states: Sequence[str], fleets: frozenset[str], limit: int) -> Rows:
+    """Rollouts in these states, newest first."""
+    query = select(rollouts).where(rollouts.c.state.in_(list(states)))
+    if fleets:
+        query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
+    return conn.execute(query.order_by(rollouts.c.id.desc()).limit(limit)).all()
+
+
+def of_release(conn: Connection, release: str, limit: int) -> Rows:
+    query = select(rollouts).where(rollouts.c.release == release)
+    return conn.execute(query.order_by(rollouts.c.id.desc()).limit(limit)).all()
+
+
+def opened_since(conn: Connection, since: str, fleets: frozenset[str]) -> Rows:
+    """Light rows of the rollouts with an id (a ULID: begins with its time) from `since` on, with
+    their fleet's labels and the release that theirs fixes."""
+    query = select(
+        *_LIGHT,
+        rollouts.c.pinned["fleet"]["labels"].label("fleet_labels"),
+        rollouts.c.pinned["release"]["fixes"].label("fixes"),
+    ).where(rollouts.c.id >= since)
+    if fleets:
+        query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
+    return conn.execute(query.order_by(rollouts.c.id)).all()
+
+
+def names_of(conn: Connection, ids: Sequence[str]) -> dict[str, Any]:
+    """rollout id → (id, name, fleet, release, state)."""
+    query = select(
+        rollouts.c.id, rollouts.c.name, rollouts.c.fleet, rollouts.c.release, rollouts.c.state
+    ).where(rollouts.c.id.in_(list(ids)))
+    return {row.id: row for row in conn.execute(query)}
+
+
+def last_verdicts(conn: Connection, ids: Sequence[str]) -> dict[str, Any]:
+    """rollout → its newest decision of the gate."""
+    newest = (
+        select(func.max(decisions.c.id))
+        .where(decisions.c.rollout.in_(list(ids)), decisions.c.kind == "verdict")
+        .group_by(decisions.c.rollout)
+    )
+    query = select(decisions).where(decisions.c.id.in_(newest.scalar_subquery()))
+    return {row.rollout: row for row in conn.execute(query)}
+
+
+def judged(conn: Connection, rollout: str, limit: int) -> list[tuple[str, Mapping[str, Any]]]:
+    """(RFC 3339, numbers) of the newest verdicts of a rollout, oldest first."""
+    query = (
+        select(decisions.c.at, decisions.c.numbers)
+        .where(decisions.c.rollout == rollout, decisions.c.kind == "verdict")
+        .order_by(decisions.c.id.desc())
+        .limit(limit)
+    )
+    return [(when(row.at) or "", row.numbers) for row in reversed(conn.execute(query).all())]
+
+
+def list_decisions(conn: Connection, *, before: str, limit: int, fleets: frozenset[str]) -> Rows:
+    """Decisions of all rollouts, newest first, with their rollout's name; without their inputs."""
+    query = (
+        select(
+            decisions.c.id, decisions.c.rollout, decisions.c.at, decisions.c.kind,
+            decisions.c.verdict, decisions.c.sentence, decisions.c.commit,
+            rollouts.c.name, rollouts.c.fleet, rollouts.c.release,
+        )
+        .join(rollouts, rollouts.c.id == decisions.c.rollout)
+        .order_by(decisions.c.id.desc())
+        .limit(limit)
+    )  # fmt: skip
+    if before:
+        query = query.where(decisions.c.id < before)
+    if fleets:
+        query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
+    return conn.execute(query).all()
+
+
+def open_members(conn: Connection, rollout: str, limit: int) -> list[str]:
+    """Devices of the exposed arm that a verb finds unfinished or told."""
+    query = select(members.c.device).where(
+        members.c.rollout == rollout,
+        members.c.arm != "control",
+        members.c.state.in_(("told", "updated", "failed", "silent")),
+    )
+    return [row.device for row in conn.execute(query.limit(limit))]
+
+
+# -- devices --------------------------------------------------------------------------------------
+
+
+def changed_places(conn: Connection, since: int) -> Rows:
+    """(id, fleet, status, change) of registry rows that changed after `since`."""
+    query = select(devices.c.id, devices.c.fleet, devices.c.status, devices.c.change)
+    return conn.execute(query.where(devices.c.change > since)).all()
+
+
+def list_devices(
+    conn: Connection, *, after: str, limit: int, fleets: frozenset[str], fleet: str = "",
+    status: str = "", prefix: str = "", rollout: str = "", state: str = "",
+) -> Rows:  # fmt: skip
+    """Registry rows in order of id; `rollout` and `state`: its members in that state alone."""
+    query: Select[Any] = select(devices).order_by(devices.c.id).limit(limit)
+    if rollout:
+        query = query.join(members, members.c.device == devices.c.id).where(
+            members.c.rollout == rollout, members.c.arm != "control"
+        )
+        if state:
+            query = query.where(members.c.state == state)
+        query = query.where(members.c.device > after).order_by(None).order_by(members.c.device)
+    else:
+        query = query.where(devices.c.id > after)
+    if fleets:
+        query = query.where(devices.c.fleet.in_(sorted(fleets)))
+    if fleet:
+        query = query.where(devices.c.fleet == fleet)
+    if status:
+        query = query.where(devices.c.status == status)
+    if prefix:
+        query = query.where(devices.c.id >= prefix, devices.c.id < prefix + "\U0010ffff")
+    return conn.execute(query).all()
+
+
+def memberships_of(conn: Connection, device: str, limit: int) -> list[Plain]:
+    """Every rollout that ever drew a device, newest first."""
+    query = (
+        select(members, rollouts.c.name.label("rollout_name"), rollouts.c.release)
+        .join(rollouts, rollouts.c.id == members.c.rollout)
+        .where(members.c.device == device)
+        .order_by(members.c.drawn_at.desc())
+        .limit(limit)
+    )
+    return [
+        {
+            "rollout": row.rollout,
+            "name": row.rollout_name,
+            "release": row.release,
+            "step": row.step,
+            "arm": row.arm,
+            "state": row.state,
+            "reason": row.reason,
+            "score": row.score,
+            "drawnAt": when(row.drawn_at),
+            "toldAt": when(row.told_at),
+            "updatedAt": when(row.updated_at),
+        }
+        for row in conn.execute(query)
+    ]
+
+
+def orders_pending(conn: Connection) -> int:
+    query = select(func.count()).where(desired.c.published.is_(False))
+    return int(conn.execute(query).scalar_one())
+
+
+def proven_of(conn: Connection) -> dict[str, dict[str, Plain]]:
+    """fleet → component → hardware → {release, digest}."""
+    found: dict[str, dict[str, Plain]] = {}
+    for row in conn.execute(select(proven)):
+        parts = found.setdefault(row.fleet, {}).setdefault(row.component, {})
+        parts[row.hardware] = {"release": row.release, "digest": row.digest}
+    return found
+
+
+# -- releases, audit ------------------------------------------------------------------------------
+
+
+def newest_releases(conn: Connection, *, before: tuple[float, str] | None, limit: int) -> Rows:
+    """Newest first; `before`: (seen_at, name) where the page before ended."""
+    query = select(releases).order_by(releases.c.seen_at.desc(), releases.c.name.desc())
+    if before:
+        at, name = before
+        query = query.where(
+            (releases.c.seen_at < at) | ((releases.c.seen_at == at) & (releases.c.name < name))
+        )
+    return conn.execute(query.limit(limit)).all()
+
+
+def find_release(conn: Connection, name: str) -> Row[Any] | None:
+    return conn.execute(select(releases).where(releases.c.name == name)).first()
+
+
+def newest_audit(
+    conn: Connection, *, before: int | None, limit: int, subject: str = "", action: str = ""
+) -> list[Plain]:
+    """Rows of the audit, newest first."""
+    query = select(audit).order_by(audit.c.seq.desc()).limit(limit)
+    if before is not None:
+        query = query.where(audit.c.seq < before)
+    if subject:
+        query = query.where(audit.c.subject == subject)
+    if action:
+        query = query.where(audit.c.action == action)
+    return [
+        {
+            "seq": row.seq,
+            "at": when(row.at),
+            "actor": row.actor,
+            "action": row.action,
+            "subject": row.subject,
+            "detail": row.detail,
+            "hash": row.hash,
+        }
+        for row in conn.execute(query)
+    ]
