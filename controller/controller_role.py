@@ -24,6 +24,7 @@ from controller import wake
 from controller.broker_child import load_secret
 from controller.broker_roles import service_password
 from controller.fleetrepo import FleetRepo
+from controller.forge import Forge, open_forge
 from controller.gitwatch import GitWatch
 from controller.keys import DirectorKey, recorder_key
 from controller.lease import Lease
@@ -31,6 +32,7 @@ from controller.loop import Loop, Ports
 from controller.orders import Issuer
 from controller.recorder import Recorder
 from controller.settings import Settings
+from controller.statuses import Statuses
 from controller.store import rollouts as store
 from controller.store.lease import Fenced, writing_as
 from telemetry import metrics
@@ -77,6 +79,14 @@ def _above_all_heard(reader: TelemetryReader) -> int:
         return 1
 
 
+def _forge(settings: Settings) -> Forge | None:
+    """Where commit statuses go, if a forge is named."""
+    if settings.forge is None:
+        return None
+    file = settings.forge_token_file
+    return open_forge(settings.forge, file.read_text().strip() if file else None)
+
+
 def _lead(
     settings: Settings,
     engine: Engine,
@@ -96,13 +106,15 @@ def _lead(
             allowed_signers=settings.allowed_signers,
             signing_key=recorder_key(settings.state_dir / "keys" / "recorder"),
         )
+        forge = _forge(settings)
         watch = GitWatch(
             engine,
             repo,
-            Recorder(engine, repo, term=term),
+            Recorder(engine, repo, term=term, forge=forge, base=settings.branch),
             url=settings.repo,
             branch=settings.branch,
             woken=lambda: wake.poke(settings.state_dir),
+            told=Statuses(engine, forge, settings.public_url).run_once if forge else lambda: 0,
             term=term,
         )
         watcher = threading.Thread(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -70,11 +70,13 @@ class GitWatch:
         stale_after: float = STALE_AFTER,
         woken: Callable[[], None] = lambda: None,
         term: int | None = None,
+        told: Callable[[], int] = lambda: 0,
     ) -> None:
         """`term`: the controller's, by which its writes are fenced."""
         self._term = term
         self._engine, self._repo, self._recorder = engine, repo, recorder
         self._clock, self._stale_after, self._woken = clock, stale_after, woken
+        self._told = told  # tells the forge how the commits fare
         self._current: Head | None = None
         self._state = GitState(url=url, branch=branch)
         self._wake = threading.Event()
@@ -97,6 +99,7 @@ class GitWatch:
         while not self._stopping:
             try:
                 self.poll(self._clock())
+                self._told()
             except Fenced:
                 return  # the loop says so, and ends us
             except Exception:  # the watcher's outermost turn: logged, and tried again
@@ -162,7 +165,14 @@ class GitWatch:
         with reading(self._engine) as conn:
             known = {row.name: row.digest for row in conn.execute(select(releases))}
             registry = {row.id: row.labels for row in conn.execute(select(devices))}
-        return assess(self._repo.read(commit), commit, author, known=known, registry=registry)
+            recorded = [
+                (row.id, row.release)
+                for row in conn.execute(select(holds))
+                if row.commit is not None and row.lifted_at is None
+            ]
+        files = self._repo.read(commit)
+        head, problems = assess(files, commit, author, known=known, registry=registry)
+        return head, [*problems, *_vanished(recorded, head.manifests)]
 
     def _take_holds(self, manifests: Manifests, commit: str, now: float) -> None:
         """Holds and lifts that people (or we, before a wipe) wrote into Git come into force."""
@@ -310,6 +320,21 @@ def _rewritten(content: Reading, known: Mapping[str, str]) -> list[Problem]:
             )
         )
     return found
+
+
+def _vanished(recorded: Sequence[tuple[str, str]], manifests: Manifests) -> Iterator[Problem]:
+    """Holds in force whose file is gone: only a Lift ends one, so that a bad merge ends none."""
+    for hold, release in recorded:
+        if hold not in manifests.holds:
+            yield Problem(
+                path=f"holds/{hold}.yaml",
+                line=1,
+                col=1,
+                field="",
+                message=f"the file of this hold on {release} is gone and the hold is in force "
+                "still: write a Lift to end it, or bring the file back",
+                severity="notice",
+            )
 
 
 def _plain(problem: Problem) -> dict[str, Any]:

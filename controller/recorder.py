@@ -14,6 +14,7 @@ import structlog
 from sqlalchemy import Engine, select, update
 
 from controller.fleetrepo import FleetRepo, RecordRefused, RepoUnavailable, moment
+from controller.forge import Forge, ForgeUnavailable
 from controller.store.lease import fence
 from controller.store.tables import holds
 from telemetry.store.database import reading, writing
@@ -22,9 +23,18 @@ log = structlog.get_logger()
 
 
 class Recorder:
-    def __init__(self, engine: Engine, repo: FleetRepo, *, term: int | None = None) -> None:
-        """`term`: the controller's, by which its writes are fenced."""
+    def __init__(
+        self,
+        engine: Engine,
+        repo: FleetRepo,
+        *,
+        term: int | None = None,
+        forge: Forge | None = None,
+        base: str = "main",
+    ) -> None:
+        """`term`: the controller's, by which its writes are fenced. `base`: the branch followed."""
         self._engine, self._repo, self._term = engine, repo, term
+        self._forge, self._base = forge, base
         self._refused: frozenset[str] = frozenset()
 
     def pending(self) -> dict[str, str]:
@@ -53,10 +63,23 @@ class Recorder:
             log.warning("hold_not_recorded", reason=str(error), branch=error.side_branch)
             if error.side_branch is not None:
                 self._refused = self._refused | frozenset(files)
+                self._propose(error.side_branch, self._message(list(files)))
             return False
         self._mark(list(files), commit)
         log.info("hold_recorded", commit=commit, files=len(files))
         return True
+
+    def _propose(self, branch: str, message: str) -> None:
+        """The branch is protected: ask people to merge ours. The hold is in force meanwhile."""
+        if self._forge is None:
+            return
+        title, _, body = message.partition("\n\n")
+        body += "\n\nIn force already; this is its memory in Git: a wiped database finds it again."
+        try:
+            url = self._forge.propose(branch, self._base, title=title, body=body)
+            log.info("hold_proposed", branch=branch, url=url)
+        except ForgeUnavailable as error:
+            log.warning("hold_not_proposed", branch=branch, reason=str(error))
 
     def _mark(self, files: list[str], commit: str) -> None:
         ids = [file.removeprefix("holds/").removesuffix(".yaml") for file in files]

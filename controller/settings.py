@@ -22,6 +22,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from controller.forge import check as check_forge
+
 PREFIX = "BELLWETHER_"
 Role = Literal["all", "api", "ingest", "controller"]
 
@@ -49,6 +51,10 @@ class Settings(BaseSettings):
     )
     webhook_secret_file: Path | None = Field(None, description="file with the Git webhook's secret")
     allowed_signers: Path | None = Field(None, description="ssh allowed-signers file for commits")
+    forge: str | None = Field(
+        None, description="API URL of the repository at GitHub or Gitea, or file:///PATH: statuses"
+    )
+    forge_token_file: Path | None = Field(None, description="file with the forge's token")
     poll_interval: float = Field(15.0, gt=0, description="seconds between looks at the repository")
     tick_interval: float = Field(0.5, gt=0, description="seconds between turns of the loop")
     lease: float = Field(
@@ -68,6 +74,13 @@ class Settings(BaseSettings):
     def _a_broker(cls, value: str | None) -> str | None:
         if value is not None and urlsplit(value).scheme not in ("mqtt", "mqtts"):
             raise ValueError("write mqtt://HOST:PORT or mqtts://HOST:PORT")
+        return value
+
+    @field_validator("forge")
+    @classmethod
+    def _a_forge(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_forge(value)
         return value
 
     @field_validator("state_dir")

@@ -83,15 +83,19 @@ def schema(
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
 ) -> None:
-    """Write a first fleet to start from: fleet, policy, release, rollout; and the schemas."""
+    """Write a first fleet to start from: fleet, policy, release, rollout; schemas for editors; CI.
+
+    The folder may be an empty clone. Nothing that is there is overwritten.
+    """
     import json
 
     from controller.manifests.schema import schema as made
-    from controller.manifests.starter import FILES
+    from controller.starter import files
 
-    if directory.exists() and any(directory.iterdir()):
-        raise Failed(f"{directory} is not empty: name a new folder")
-    for name, text in FILES.items():
+    if directory.exists() and any(entry.name != ".git" for entry in directory.iterdir()):
+        raise Failed(f"{directory} is not empty: name a new folder, or an empty clone")
+    written = files()
+    for name, text in written.items():
         file = directory / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -99,8 +103,14 @@ def init(
         file = directory / "schemas" / f"{kind}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(made(kind), indent=2) + "\n")
+    typer.echo(f"{directory}: {', '.join(written)} and schemas/")
     typer.echo(
-        f"{directory}: {', '.join(FILES)} and schemas/. Next: bellwether validate {directory}"
+        "Next:\n"
+        f"  bellwether validate {directory}\n"
+        "  bellwether release publish FILE --component app --version 1.0.0 "
+        f"> {directory}/releases/app-1.0.0.yaml\n"
+        "  bellwether device enrol car-1 --fleet my-fleet --label model=m1 --label ring=canary\n"
+        "  git add -A && git commit && git push    # the rollout begins"
     )
 
 

@@ -46,6 +46,18 @@ def plan(
     detailed: Annotated[
         bool, typer.Option("--detailed-exitcode", help="3 when the commit changes something.")
     ] = False,
+    comment: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write it to this pull request too; a later plan replaces it."),
+    ] = None,
+    forge: Annotated[
+        str | None,
+        typer.Option(envvar="BELLWETHER_FORGE", help="API URL of the repository there."),
+    ] = None,
+    forge_token: Annotated[
+        str | None,
+        typer.Option(envvar="BELLWETHER_FORGE_TOKEN", help="Its token.", show_envvar=True),
+    ] = None,
     output: Annotated[
         PlanFormat, typer.Option("--output", "-o", help="table, json or markdown.")
     ] = PlanFormat.TEXT,
@@ -65,10 +77,26 @@ def plan(
         typer.echo(found["markdown"], nl=False)
     else:
         typer.echo(text)
+    if comment is not None:
+        _comment(comment, found["markdown"], forge, forge_token)
     if found["errors"]:
         raise typer.Exit(1)
     if detailed and found["changes"]:
         raise typer.Exit(CHANGES)
+
+
+def _comment(pull_request: int, body: str, forge: str | None, token: str | None) -> None:
+    from controller.forge import ForgeUnavailable, open_forge
+
+    if forge is None:
+        raise Failed("--comment needs --forge URL (or BELLWETHER_FORGE)", 2)
+    try:
+        url = open_forge(forge, token).comment(pull_request, body)
+    except ValueError as error:
+        raise Failed(f"--forge: {error}", 2) from None
+    except ForgeUnavailable as error:
+        raise Failed(f"the plan could not be written to #{pull_request}: {error}") from None
+    typer.echo(f"plan written to {url}", err=True)
 
 
 def _planned(

@@ -47,6 +47,13 @@ def serve(
     allowed_signers: Annotated[
         Path | None, typer.Option(help="SSH allowed-signers file: commits must be signed.")
     ] = None,
+    forge: Annotated[
+        str | None,
+        typer.Option(help="Commit statuses: the repository's API URL (GitHub, Gitea), or file:///"),
+    ] = None,
+    forge_token_file: Annotated[
+        Path | None, typer.Option(help="Token of the forge; it writes statuses and pull requests.")
+    ] = None,
     poll_interval: Annotated[
         float | None, typer.Option(help="Seconds between two looks at Git. [default: 15]")
     ] = None,
@@ -79,6 +86,8 @@ def serve(
         "public_url": public_url,
         "webhook_secret_file": webhook_secret_file,
         "allowed_signers": allowed_signers,
+        "forge": forge,
+        "forge_token_file": forge_token_file,
         "poll_interval": poll_interval,
         "tick_interval": tick_interval,
     }

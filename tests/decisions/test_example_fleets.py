@@ -8,10 +8,11 @@ import jsonschema
 import pytest
 import yaml
 
+from controller.fleetrepo import is_manifest
 from controller.manifests.admission import admit
 from controller.manifests.reader import read
 from controller.manifests.schema import names, schema
-from controller.manifests.starter import FILES
+from controller.starter import files
 
 FLEETS = Path(__file__).parents[2] / "fleets"
 FILES_THERE = sorted(FLEETS.rglob("*.yaml"))
@@ -40,7 +41,12 @@ def test_each_document_fits_its_published_schema(file: Path) -> None:
 
 
 def test_the_starter_of_init_is_valid() -> None:
-    reading = read(dict(FILES))
+    written = files()
+    reading = read({path: text for path, text in written.items() if is_manifest(path)})
+    assert set(reading.manifests.rollouts) == {"my-fleet-app"}
+    for path, text in written.items():
+        if path.endswith((".yaml", ".yml")):
+            assert yaml.safe_load(text), path
     assert [str(p) for p in (*reading.problems, *admit(reading))] == []
 
 
