@@ -76,19 +76,22 @@ def run_controller(settings: Settings, stopping: threading.Event) -> None:
 
 def run_ingest(settings: Settings, stopping: threading.Event) -> None:
     """Broker → checked → committed → acknowledged."""
+    from telemetry import seat
     from telemetry.ingest_role import Role, run
 
     engine = control_engine(settings)
     username, password = broker_credentials(settings, "ingest")
-    role = Role(
-        url=settings.broker or "",
-        username=username,
-        password=password,
-        store=telemetry_store(settings),
-        registry=lambda: _statuses(engine),
-        retention=settings.retention,
-    )
-    run(role, stopping)
+    with seat.take(settings.state_dir) as own:
+        role = Role(
+            url=settings.broker or "",
+            username=username,
+            password=password,
+            client_id=own.client_id,
+            store=telemetry_store(settings),
+            registry=lambda: _statuses(engine),
+            retention=settings.retention,
+        )
+        run(role, stopping)
 
 
 def _statuses(engine: Engine) -> dict[str, str]:

@@ -5,8 +5,9 @@ Rules, in order:
 1. A received QoS 1 message is acknowledged to the broker only by `ack`, after its commit. An ack
    that belongs to a connection that is gone is dropped: the broker will send the message again.
 2. One write carries all PUBACKs of a batch (one by one they cost seven times as much).
-3. The broker may have `receive_maximum` messages unacknowledged: memory stays flat when the
-   database stalls. QoS 0 passes by that window, so the receiver's queue bounds it.
+3. `pause` stops reading: what comes waits in the sockets and then at the broker, so that memory
+   stays flat when the database stalls. `receive_maximum` alone does not do it: QoS 0 passes by it,
+   and Mosquitto 2.0 sends a whole window more for each PUBACK of a full one (measured).
 4. Published QoS 1 messages go out in a window of `WINDOW` or the server's receive maximum; what a
    lost connection left open goes out again on the next one, until the caller's time is over.
 5. A lost or refused connection is tried again after a random pause that doubles up to `MAX_PAUSE`.
@@ -27,10 +28,11 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import mqtt5
+import msgspec
 import structlog
 
 from telemetry import metrics
-from telemetry.wire import MAX_PACKET, Wire
+from telemetry.wire import MAX_PACKET, Wire, pubacks
 
 WINDOW = 1000  # published messages on their way
 MAX_PAUSE = 15.0  # seconds between two attempts
@@ -43,8 +45,7 @@ class BrokerUnavailable(Exception):
     """The connection could not be opened, or was lost; trying again may help."""
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True, gc=False):
     topic: str
     payload: bytes
     packet_id: int | None  # None: QoS 0, nothing to acknowledge
@@ -102,10 +103,17 @@ class _Outgoing:
 class Connection:
     """One session that is kept alive by `run` until `stop`."""
 
-    def __init__(self, options: Options, on_message: Callable[[Received], None] | None = None):
+    def __init__(
+        self,
+        options: Options,
+        on_message: Callable[[Received], None] | None = None,
+        on_messages: Callable[[list[Received]], None] | None = None,
+    ):
+        """`on_messages` gets what one read brought at once; `on_message` one after the other."""
         options.address()  # a bad URL is the caller's mistake: say so now
         self._options = options
         self._on_message = on_message
+        self._on_messages = on_messages
         self._session = 0
         self._opened = 0
         self._wire: Wire | None = None
@@ -160,13 +168,23 @@ class Connection:
         wire = self._wire
         if wire is None:
             return
-        packets = [
-            mqtt5.PubAckPacket(message.packet_id).write()
+        session = self._session
+        packet_ids = [
+            message.packet_id
             for message in received
-            if message.packet_id is not None and message.session == self._session
+            if message.packet_id is not None and message.session == session
         ]
-        if packets:
-            wire.write(b"".join(packets))
+        if packet_ids:
+            wire.write(pubacks(packet_ids))
+
+    def pause(self) -> None:
+        """Read no more until `resume`; a new connection reads."""
+        if self._wire is not None:
+            self._wire.pause()
+
+    def resume(self) -> None:
+        if self._wire is not None:
+            self._wire.resume()
 
     async def publish_many(
         self,
@@ -204,7 +222,7 @@ class Connection:
         self._connack, self._suback = loop.create_future(), loop.create_future()
         async with asyncio.timeout(10):
             _, self._wire = await loop.create_connection(
-                lambda: Wire(self._packet), host, port, ssl=tls
+                lambda: Wire(self._packets), host, port, ssl=tls
             )
             self._session += 1
             self._wire.write(self._connect_packet())
@@ -259,7 +277,7 @@ class Connection:
                 return
             if self._wire.ended.is_set():
                 raise BrokerUnavailable(self._wire.error or "connection lost")
-            silent = 0 if self._wire.heard else silent + 1
+            silent = 0 if self._wire.heard or self._wire.paused else silent + 1
             self._wire.heard = False
             if silent >= 3:
                 raise BrokerUnavailable("the broker is silent")
@@ -309,10 +327,24 @@ class Connection:
 
     # -- packets -----------------------------------------------------------------------------------
 
+    def _packets(self, packets: list[mqtt5.Packet]) -> None:
+        received: list[Received] = []
+        session = self._session
+        for packet in packets:
+            if isinstance(packet, mqtt5.PublishPacket):
+                received.append(Received(packet.topic, packet.payload, packet.packet_id, session))
+            else:
+                self._packet(packet)
+        if not received:
+            return
+        if self._on_messages is not None:
+            self._on_messages(received)
+        if self._on_message is not None:
+            for message in received:
+                self._on_message(message)
+
     def _packet(self, packet: mqtt5.Packet) -> None:
-        if isinstance(packet, mqtt5.PublishPacket):
-            self._received(packet)
-        elif isinstance(packet, mqtt5.PubAckPacket):
+        if isinstance(packet, mqtt5.PubAckPacket):
             self._taken(packet)
         elif isinstance(packet, mqtt5.ConnAckPacket):
             _resolve(self._connack, packet)
@@ -320,11 +352,6 @@ class Connection:
             _resolve(self._suback, packet)
         elif isinstance(packet, mqtt5.DisconnectPacket) and self._wire is not None:
             self._wire.end(f"broker disconnects: {packet.reason_code!r}")
-
-    def _received(self, packet: mqtt5.PublishPacket) -> None:
-        if self._on_message is None:
-            return
-        self._on_message(Received(packet.topic, packet.payload, packet.packet_id, self._session))
 
     def _taken(self, packet: mqtt5.PubAckPacket) -> None:
         outgoing = self._open.pop(packet.packet_id, None)

@@ -1,9 +1,16 @@
-"""Bytes → checked messages, as strict as the agent's own decoder and several times faster. Pure.
+"""Bytes → checked messages, as strict as the agent's own decoder and many times faster. Pure.
 
-The fast road (msgspec, on the protocol's own dataclasses) takes only what is beyond doubt;
-everything else is decided, and its reason named, by `device_agent.protocol.decode`. So the two can
-only differ in speed. Doubtful: blanks after a quote, more `":` than keys (a duplicate key, or an
-innocent string), nesting, long strings, whatever msgspec refuses.
+Three roads, each taking only what is beyond doubt and leaving the rest to the next; only the last,
+`device_agent.protocol.decode`, names reasons. So they can differ in speed only.
+
+1. `_straight`, for health, nearly all of the traffic: one typed pass into a `Sample`, bounds
+   included. Doubtful: an unknown or repeated key, an escape, and whatever breaks a bound.
+2. `_fast`, for all messages: untyped JSON, then the protocol's own dataclasses and bounds.
+3. the agent's decoder.
+
+A duplicate key hides from msgspec. It is found by counting: without escapes, a document has as many
+colons as keys and as its strings hold (each digest holds one). The second road counts `":` instead,
+which is doubtful when a blank follows a quote, or when a string holds `":`.
 """
 
 from __future__ import annotations
@@ -11,9 +18,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import msgspec
+from msgspec import Meta
 
 from device_agent import protocol
 from device_agent.protocol import Health, HistoryEntry, Presence, ProtocolError, Reported
@@ -23,14 +31,69 @@ LARGEST = 1e100  # beyond it, squares overflow; no physical quantity comes near
 M = TypeVar("M", bound=Reported | Health | Presence)
 _BLANK_AFTER_QUOTE = re.compile(rb'"[ \t\r\n]')
 _REFUSED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
+_REMEMBERED = 10_000  # names and component sets that were found good
+
+_Natural = Annotated[int, Meta(ge=0, le=protocol.MAX_SAFE_INTEGER)]
+_Number = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
+_Column = Annotated[tuple[_Number | None, ...], Meta(min_length=1, max_length=protocol.MAX_SAMPLES)]
+_Table = Meta(max_length=protocol.MAX_METRICS)
+
+# What stands for a field that is not there; no message can say it.
+_NO_COLUMNS: Final[dict[str, tuple[float | None, ...]]] = {}
+_NO_COUNTERS: Final[dict[str, int]] = {}
+_NO_EXPOSURE: Final[dict[str, float]] = {}
+_NO_ATTEMPT = ""
+_NOT_DROPPED = -1
+_REQUIRED = 7  # fields of a Sample
+
+
+class Sample(msgspec.Struct, rename="camel", gc=False):
+    """A checked `Health`: the same fields, cheaper to make."""
+
+    v: Literal[1]
+    boot: Annotated[str, Meta(min_length=1, max_length=64)]
+    boot_count: _Natural
+    seq: _Natural
+    components: Annotated[dict[str, str], Meta(max_length=protocol.MAX_COMPONENTS)]
+    t0: float
+    dt: Annotated[float, Meta(gt=0, le=86_400 * 31)]
+    attempt: Annotated[str, Meta(max_length=128)] | None = _NO_ATTEMPT
+    columns: Annotated[dict[str, _Column], _Table] = msgspec.field(
+        default_factory=lambda: _NO_COLUMNS
+    )
+    counters: Annotated[dict[str, _Natural], _Table] = msgspec.field(
+        default_factory=lambda: _NO_COUNTERS
+    )
+    exposure: Annotated[dict[str, Annotated[float, Meta(ge=0, le=LARGEST)]], _Table] = (
+        msgspec.field(default_factory=lambda: _NO_EXPOSURE)
+    )
+    dropped: _Natural = _NOT_DROPPED
+
+
+_sample = msgspec.json.Decoder(Sample)
+_known_names: set[str] = set()
+_known_components: set[tuple[tuple[str, str], ...]] = set()
 
 
 class _Doubtful(ValueError):
     pass
 
 
+def health(payload: bytes) -> Sample | Health:
+    """One health message; raises ProtocolError with the reason to count."""
+    try:
+        return _straight(payload)
+    except _REFUSED:
+        return decode(Health, payload)
+
+
 def decode(cls: type[M], payload: bytes) -> M:
     """One message; raises ProtocolError with the reason to count."""
+    if cls is Health:
+        try:
+            return cast(M, as_health(_straight(payload)))
+        except _REFUSED:
+            pass
     try:
         message = _fast(cls, payload)
     except _REFUSED:
@@ -40,6 +103,66 @@ def decode(cls: type[M], payload: bytes) -> M:
     if isinstance(message, Reported):
         return cast(M, _storable(message))
     return message
+
+
+def as_health(sample: Sample) -> Health:
+    """The same message as the contract's own dataclass."""
+    return Health(**{name: getattr(sample, name) for name, _ in _NAMES[Health]})
+
+
+def _straight(payload: bytes) -> Sample:
+    if len(payload) > protocol.MAX_MESSAGE_BYTES or b"\\" in payload:
+        raise _Doubtful
+    found = _sample.decode(payload)
+    columns, counters, exposure = found.columns, found.counters, found.exposure
+    if payload.count(b":") != _colons(found) or not found.boot.isprintable():
+        raise _Doubtful
+    if len(columns) > 1 and len(set(map(len, columns.values()))) != 1:
+        raise _Doubtful
+    for names in (columns, counters, exposure):
+        if not names.keys() <= _known_names:
+            _learn_names(names)
+    if tuple(found.components.items()) not in _known_components:
+        _learn_components(found.components)
+    return found
+
+
+def _colons(found: Sample) -> int:
+    """How many colons a document with these fields, each once, has; fills in what is not there."""
+    columns, counters, exposure = found.columns, found.counters, found.exposure
+    colons = _REQUIRED + 2 * len(found.components) + len(columns) + len(counters) + len(exposure)
+    colons += (columns is not _NO_COLUMNS) + (counters is not _NO_COUNTERS)
+    colons += (exposure is not _NO_EXPOSURE) + found.boot.count(":")
+    attempt = found.attempt
+    if attempt == _NO_ATTEMPT:
+        found.attempt = None
+    elif attempt is None:
+        colons += 1
+    elif attempt.isprintable():
+        colons += 1 + attempt.count(":")
+    else:
+        raise _Doubtful
+    if found.dropped == _NOT_DROPPED:
+        found.dropped = 0
+        return colons
+    return colons + 1
+
+
+def _learn_names(names: Mapping[str, object]) -> None:
+    if any(not protocol.METRIC.fullmatch(name) for name in names):
+        raise _Doubtful
+    if len(_known_names) > _REMEMBERED:  # a device may invent as many as it likes
+        _known_names.clear()
+    _known_names.update(names)
+
+
+def _learn_components(components: Mapping[str, str]) -> None:
+    for name, digest in components.items():
+        if not (protocol.ID.fullmatch(name) and protocol.DIGEST.fullmatch(digest)):
+            raise _Doubtful
+    if len(_known_components) > _REMEMBERED:
+        _known_components.clear()
+    _known_components.add(tuple(components.items()))
 
 
 def _fast(cls: type[M], payload: bytes) -> M:

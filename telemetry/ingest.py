@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -30,23 +31,26 @@ from device_agent.protocol import (
 )
 from telemetry import metrics
 from telemetry.acks import Acks
-from telemetry.decode import decode
+from telemetry.decode import Sample, decode, health
 from telemetry.store.fold import Batch, Heard, Written
 from telemetry.store.reports import Unstorable
 from telemetry.store.seen import Verdict
 
 PROBE_TOPIC = "bw/service/probe"
 ACTIVE = "active"
+TOPICS = 1_000_000  # remembered as read; a fleet has two or three a device
 
 log = structlog.get_logger("bellwether.ingest")
 
 Registry = Callable[[], Mapping[str, str]]  # device → status
 Bytes = tuple[str, bytes]  # topic, payload
 
-_SPOKEN: Mapping[Channel, type[Reported] | type[Health] | type[Presence]] = {
-    Channel.REPORTED: Reported,
-    Channel.HEALTH: Health,
-    Channel.PRESENCE: Presence,
+Read = Callable[[bytes], Reported | Health | Sample | Presence]
+
+_SPOKEN: Mapping[Channel, Read] = {
+    Channel.REPORTED: partial(decode, Reported),
+    Channel.HEALTH: health,
+    Channel.PRESENCE: partial(decode, Presence),
 }
 
 
@@ -68,6 +72,25 @@ class BatchResult:
     batch: int = 0  # the last watermark that it wrote
 
 
+class _Round:
+    """The registry as one batch sees it: asked again at most once, for whom it does not know."""
+
+    def __init__(self, known: Mapping[str, str], again: Registry | None) -> None:
+        self._known = known
+        self._again = again
+
+    def hears(self, device: str) -> bool:
+        if self._known.get(device) == ACTIVE:
+            return True
+        if self._again is None:
+            return False
+        self._known, self._again = self._again(), None
+        return self._known.get(device) == ACTIVE
+
+    def status(self, device: str) -> str:
+        return self._known.get(device) or "unknown"
+
+
 class Ingest:
     def __init__(
         self,
@@ -84,6 +107,7 @@ class Ingest:
         self._limits = limits or Limits()
         self._buckets: dict[str, tuple[float, float]] = {}  # device → (tokens, when)
         self._acks = Acks()
+        self._topics: dict[str, tuple[str, Read]] = {}
 
     def batch(self, messages: Sequence[Bytes], now: float) -> BatchResult:
         """Read, commit, acknowledge; raises what the database raises when it is not there."""
@@ -93,13 +117,22 @@ class Ingest:
         """Believe or refuse; charges the buckets, so call it once per message received."""
         believed: list[Heard] = []
         refusals: Counter[str] = Counter()
-        devices, probe = self._statuses(messages), False
+        round_ = _Round(self._registry(), self._again)
+        topics, probe = self._topics, False
         for topic, payload in messages:
-            if topic == PROBE_TOPIC:
-                probe = True
-                continue
             try:
-                believed.append(self._believe(topic, payload, devices, now))
+                known = topics.get(topic)
+                if known is None:
+                    if topic == PROBE_TOPIC:
+                        probe = True
+                        continue
+                    known = self._learn(topic)
+                device, read = known
+                if not round_.hears(device):
+                    raise ProtocolError(f"{round_.status(device)}_device", device)
+                if not self._spend(device, now):
+                    raise ProtocolError("rate_limited", device)
+                believed.append(Heard(device, read(payload)))
             except ProtocolError as error:
                 refusals[error.reason] += 1
             except Exception:  # one device's bytes must not deafen us to the others
@@ -114,12 +147,7 @@ class Ingest:
         for part, written in self._write(batch, now):
             number = written.batch
             metrics.count("bellwether_ingest_clock_shifted_total", written.shifted)
-            for heard, verdict in zip(part.messages, written.verdicts, strict=True):
-                self._settle(heard, verdict)
-                if verdict is Verdict.NEW:
-                    new += 1
-                else:
-                    refusals[verdict.value] += 1
+            new += self._settle(part.messages, written.verdicts, refusals)
             for reason in part.refusals.keys() - batch.refusals.keys():
                 refusals[reason] += part.refusals[reason]
         metrics.count("bellwether_ingest_messages_total", new)
@@ -135,31 +163,21 @@ class Ingest:
     def owes(self) -> bool:
         return self._acks.waiting()
 
-    def _statuses(self, messages: Sequence[Bytes]) -> Mapping[str, str]:
-        known = self._registry()
-        if self._again is None:
-            return known
-        names = {parts[2] for topic, _ in messages if len(parts := topic.split("/")) == 4}
-        if all(known.get(name) == ACTIVE for name in names):
-            return known
-        return self._again()
-
-    def _believe(self, topic: str, payload: bytes, devices: Mapping[str, str], now: float) -> Heard:
+    def _learn(self, topic: str) -> tuple[str, Read]:
         device, channel = parse_topic(topic)
-        spoken = _SPOKEN.get(channel)
-        if spoken is None:
+        read = _SPOKEN.get(channel)
+        if read is None:
             raise ProtocolError("wrong_channel", f"{channel} is ours to publish")
-        status = devices.get(device)
-        if status != ACTIVE:
-            raise ProtocolError(f"{status or 'unknown'}_device", device)
-        if not self._spend(device, now):
-            raise ProtocolError("rate_limited", device)
-        return Heard(device, decode(spoken, payload))
+        if len(self._topics) > TOPICS:
+            self._topics.clear()
+        known = self._topics[topic] = (device, read)
+        return known
 
     def _spend(self, device: str, now: float) -> bool:
-        limits = self._limits
-        tokens, at = self._buckets.get(device, (limits.burst, now))
-        tokens = min(limits.burst, tokens + max(0.0, now - at) * limits.per_second)
+        tokens, at = self._buckets.get(device, (self._limits.burst, now))
+        if now != at:
+            limits = self._limits
+            tokens = min(limits.burst, tokens + max(0.0, now - at) * limits.per_second)
         allowed = tokens >= 1.0
         self._buckets[device] = (tokens - allowed, now)
         return allowed
@@ -179,13 +197,23 @@ class Ingest:
         head = Batch(messages=batch.messages[:middle], refusals=batch.refusals, probe=batch.probe)
         return [*self._write(head, now), *self._write(Batch(messages=batch.messages[middle:]), now)]
 
-    def _settle(self, heard: Heard, verdict: Verdict) -> None:
-        message = heard.message
-        if isinstance(message, Presence) or verdict is Verdict.LATE:
-            return
-        if isinstance(message, Health):
+    def _settle(
+        self, messages: Sequence[Heard], verdicts: Sequence[Verdict], refusals: Counter[str]
+    ) -> int:
+        """Note what is owed for a committed part; how many messages were new."""
+        new, dropped, note = 0, 0, self._acks.note
+        for (device, message), verdict in zip(messages, verdicts, strict=True):
             if verdict is Verdict.NEW:
-                metrics.count("bellwether_outbox_dropped_total", message.dropped)
-            self._acks.note(heard.device, message.boot, message.seq)
-            return
-        self._acks.note(heard.device, message.boot, message.seq, message.nonce)
+                new += 1
+            else:
+                refusals[verdict.value] += 1
+            if isinstance(message, Presence) or verdict is Verdict.LATE:
+                continue
+            if isinstance(message, Reported):
+                note(device, message.boot, message.seq, message.nonce)
+                continue
+            if verdict is Verdict.NEW:
+                dropped += message.dropped
+            note(device, message.boot, message.seq)
+        metrics.count("bellwether_outbox_dropped_total", dropped)
+        return new

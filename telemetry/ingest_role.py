@@ -2,11 +2,13 @@
 
 Rules, in order:
 
-1. A batch is what came in `linger` seconds, at most `batch_max` messages; then it is committed.
+1. A batch is what came in `linger` seconds and during the last commit, at most `batch_max`
+   messages; then it is committed. So batches grow with the load, and what is written once a device
+   and batch (state, boots, sums) costs less a message.
 2. After the commit, and not before: PUBACKs to the broker, acks to the devices.
-3. While the database is away nothing is acknowledged, and the same batch is tried again. The broker
-   keeps the rest: it sends at most `receive_maximum` unacknowledged messages, and QoS 0 beyond
-   `queue_max` is dropped and counted. So memory stays flat however long it takes.
+3. While the database is away nothing is acknowledged, and the same batch is tried again. With
+   `queue_max` messages or `queue_bytes` waiting we stop reading the socket, until half of it is
+   written; the broker keeps the rest. So memory stays flat however long it takes.
 4. A probe goes through the broker each second; hearing it again is what advances the hearing clock.
 5. Told to stop, it commits what it has, acknowledges it, and disconnects.
 """
@@ -54,9 +56,10 @@ class Role:
     retention: float = Retention().raw  # seconds that raw messages are kept
     limits: Limits = field(default_factory=Limits)
     linger: float = 0.05
-    batch_max: int = 2000
-    receive_maximum: int = 4000
-    queue_max: int = 8000
+    batch_max: int = 20_000
+    receive_maximum: int = 65_535
+    queue_max: int = 40_000  # messages, and one read of the socket more
+    queue_bytes: int = 64 << 20
     clock: Callable[[], float] = time.time
 
     def options(self) -> Options:
@@ -123,8 +126,10 @@ class Process:
         self._ingest = Ingest(role.store, roster, role.limits, again=roster.again)
         self._keep = Retention(raw=role.retention)
         self._queue: deque[Received] = deque()
+        self._bytes = 0  # of their payloads
+        self._session = 0  # the connection that the newest of them came on
         self._came = asyncio.Event()
-        self.connection = Connection(role.options(), self._receive)
+        self.connection = Connection(role.options(), on_messages=self._receive)
 
     async def run(self, stop: asyncio.Event) -> None:
         session = asyncio.create_task(self.connection.run())
@@ -159,9 +164,7 @@ class Process:
 
     async def _turn(self, stop: asyncio.Event) -> bool:
         """One batch from the queue to the acks; False when it had to be given back."""
-        some = [self._queue.popleft() for _ in range(min(len(self._queue), self._role.batch_max))]
-        if not self._queue:
-            self._came.clear()
+        some = self._take()
         metrics.gauge("bellwether_ingest_queue_messages", len(self._queue) + len(some))
         if not some:
             await self._answer(self._ingest.due(self._clock()))
@@ -201,17 +204,35 @@ class Process:
         if acks:
             await self.connection.publish_many(acks, qos=0, retain=False, timeout=2.0)
 
-    def _receive(self, message: Received) -> None:
-        if message.packet_id is None and len(self._queue) >= self._role.queue_max:
-            metrics.count("bellwether_broker_overflow_total")
-            return
-        if len(self._queue) >= self._role.queue_max:
-            # Only a new session gets here: it brings again what the old one left unacknowledged.
-            kept = [m for m in self._queue if m.packet_id is None or m.session == message.session]
-            self._queue.clear()
-            self._queue.extend(kept)
-        self._queue.append(message)
+    def _receive(self, messages: list[Received]) -> None:
+        if messages[0].session != self._session:
+            # A new session brings again what the old one left unacknowledged.
+            self._session = messages[0].session
+            kept = [m for m in self._queue if m.packet_id is None or m.session == self._session]
+            self._queue = deque(kept)
+            self._bytes = sum(len(m.payload) for m in kept)
+        self._queue.extend(messages)
+        self._bytes += sum([len(m.payload) for m in messages])
+        if self._full(1):
+            self.connection.pause()
+            metrics.gauge("bellwether_ingest_paused", 1)
         self._came.set()
+
+    def _take(self) -> list[Received]:
+        """The next batch; reads on when there is room again."""
+        some = [self._queue.popleft() for _ in range(min(len(self._queue), self._role.batch_max))]
+        self._bytes -= sum([len(m.payload) for m in some])
+        if not self._full(2):
+            self.connection.resume()
+            metrics.gauge("bellwether_ingest_paused", 0)
+        if not self._queue:
+            self._came.clear()
+        return some
+
+    def _full(self, part: int) -> bool:
+        """Is more than 1/`part` of what may wait waiting?"""
+        role = self._role
+        return len(self._queue) * part >= role.queue_max or self._bytes * part >= role.queue_bytes
 
     async def _probe(self) -> None:
         while True:

@@ -47,13 +47,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("bellwether_ingest_batches_total", _C, "Committed batches"),
     Metric("bellwether_ingest_batch_seconds", _H, "Time to read and commit one batch"),
     Metric("bellwether_ingest_queue_messages", _G, "Messages received and not yet committed"),
+    Metric("bellwether_ingest_paused", _G, "1 while the queue is full and nothing is read"),
     Metric("bellwether_ingest_store_errors_total", _C, "Commits that failed and are tried again"),
     Metric("bellwether_ingest_watermark", _G, "Number of the last batch this process committed"),
     Metric("bellwether_outbox_dropped_total", _C, "Messages that devices say they lost"),
     # broker connections
     Metric("bellwether_broker_connected", _G, "1 while the session stands", ("client",)),
     Metric("bellwether_broker_connects_total", _C, "Sessions opened", ("client",)),
-    Metric("bellwether_broker_overflow_total", _C, "QoS 0 messages dropped: queue full"),
     Metric("bellwether_broker_published_total", _C, "Messages acknowledged by the broker"),
     # controller
     Metric("bellwether_loop_ticks_total", _C, "Turns of the rollout loop", ("result",)),

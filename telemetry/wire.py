@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mqtt5
+import numpy as np
 
 from device_agent.protocol import MAX_MESSAGE_BYTES
 
@@ -16,12 +17,19 @@ _BUFFER = 4 * MAX_PACKET
 _QUICKACK = getattr(socket, "TCP_QUICKACK", None)  # Linux: else Nagle and delayed ACK cost 44 ms
 
 
+def pubacks(packet_ids: Sequence[int]) -> bytes:
+    """One PUBACK of success for each: four bytes, so that a batch is one array."""
+    return (np.array(packet_ids, dtype=">u4") + 0x40020000).astype(">u4").tobytes()
+
+
 class Wire(asyncio.BufferedProtocol):
-    def __init__(self, on_packet: Callable[[mqtt5.Packet], None]) -> None:
+    def __init__(self, on_packets: Callable[[list[mqtt5.Packet]], None]) -> None:
+        """`on_packets` gets all packets of one read at once, in their order."""
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._filled = 0
-        self._on_packet = on_packet
+        self._on_packets = on_packets
+        self.paused = False
         self.transport: asyncio.Transport | None = None
         self.error: str | None = None
         self.heard = False  # since the last look of the keep-alive
@@ -41,16 +49,22 @@ class Wire(asyncio.BufferedProtocol):
         self._quick()
         self.heard = True
         self._filled += nbytes
-        start = 0
+        start, wrong = 0, None
+        packets: list[mqtt5.Packet] = []
+        view, filled, read = self._view[: self._filled], self._filled, mqtt5.read
         try:
-            while start < self._filled:
-                packet, size = mqtt5.read(self._view[start : self._filled])
+            while start < filled:
+                packet, size = read(view[start:])
                 start += size
-                self._on_packet(packet)
+                packets.append(packet)
         except IndexError:  # the rest of this packet is still on its way
             pass
         except ValueError as error:
-            self.end(f"not MQTT: {error}")
+            wrong = f"not MQTT: {error}"
+        if packets:
+            self._on_packets(packets)
+        if wrong is not None:
+            self.end(wrong)
             return
         left = self._filled - start
         if left == _BUFFER:
@@ -58,6 +72,17 @@ class Wire(asyncio.BufferedProtocol):
             return
         self._buffer[:left] = self._buffer[start : self._filled]
         self._filled = left
+
+    def pause(self) -> None:
+        """Read no more: the peer's packets wait in the sockets, and then at the peer."""
+        if self.transport is not None and not self.paused:
+            self.paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.transport is not None and self.paused:
+            self.paused = False
+            self.transport.resume_reading()
 
     def pause_writing(self) -> None:
         self.writable.clear()

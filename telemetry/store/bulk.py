@@ -9,8 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Table
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Connection,
+    Float,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+)
 from sqlalchemy.schema import CreateColumn
+from sqlalchemy.types import TypeEngine
 
 Row = Sequence[Any]  # in the order of the table's columns
 
@@ -19,7 +31,7 @@ def insert(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
     if not rows:
         return
     if connection.dialect.name == "postgresql":
-        _copy(connection, table.name, rows)
+        _copy(connection, table, table.name, rows)
         return
     marks = ", ".join("?" for _ in table.columns)
     _cursor(connection).executemany(f"INSERT INTO {table.name} VALUES ({marks})", rows)  # noqa: S608
@@ -45,7 +57,7 @@ def upsert(
         connection.exec_driver_sql(
             f"CREATE TEMPORARY TABLE IF NOT EXISTS {stage} ({columns}) ON COMMIT DELETE ROWS"
         )
-        _copy(connection, stage, rows)
+        _copy(connection, table, stage, rows)
         connection.exec_driver_sql(f"{target}SELECT * FROM {stage} {conflict}")  # noqa: S608
         connection.exec_driver_sql(f"DELETE FROM {stage}")  # noqa: S608
         return
@@ -69,7 +81,29 @@ def _cursor(connection: Connection) -> Any:
     return connection.connection.cursor()
 
 
-def _copy(connection: Connection, name: str, rows: Sequence[Row]) -> None:
-    with _cursor(connection).copy(f"COPY {name} FROM STDIN") as copy:
+def _copy(connection: Connection, table: Table, name: str, rows: Sequence[Row]) -> None:
+    """Binary: twice as fast as text, and no character needs an escape."""
+    with _cursor(connection).copy(f"COPY {name} FROM STDIN (FORMAT BINARY)") as copy:
+        copy.set_types([_oid(column.type) for column in table.columns])
         for row in rows:
             copy.write_row(row)
+
+
+def _oid(kind: TypeEngine[Any]) -> str:
+    """The PostgreSQL name of a column's type; the narrower types come first."""
+    for known, name in _TYPES:
+        if isinstance(kind, known):
+            return name
+    raise TypeError(f"no bulk rows with a column of {kind!r}")
+
+
+_TYPES: tuple[tuple[type[TypeEngine[Any]], str], ...] = (
+    (SmallInteger, "int2"),
+    (BigInteger, "int8"),
+    (Integer, "int4"),
+    (Boolean, "bool"),
+    (Float, "float8"),
+    (LargeBinary, "bytea"),
+    (Text, "text"),
+    (String, "varchar"),
+)

@@ -15,20 +15,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from device_agent.protocol import Health, Presence, Reported
+from telemetry.decode import Sample
 from telemetry.store import bulk, rollups
 from telemetry.store.seen import Seen, Verdict, pack
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
+class Heard(NamedTuple):
     """A message that was checked, and who sent it."""
 
     device: str
-    message: Reported | Health | Presence
+    message: Reported | Health | Sample | Presence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ class Changes:
     boots: set[tuple[str, str]] = field(default_factory=set)
     reports: dict[str, Reported] = field(default_factory=dict)
     health: list[bulk.Row] = field(default_factory=list)
-    rollups: dict[rollups.Key, tuple[int, float, float]] = field(default_factory=dict)
+    rollups: rollups.Rollups = field(default_factory=rollups.Rollups)
     shifted: int = 0
 
 
@@ -81,16 +82,32 @@ def fold(
 ) -> Changes:
     """Fold messages, in order of arrival, into `known` (changed in place) and the changes."""
     changes = Changes()
-    for heard in messages:
-        contact = known.contacts.setdefault(heard.device, Contact())
-        if isinstance(heard.message, Presence):
-            verdict = _presence(heard.message, contact, clock, now)
-        else:
-            verdict = _count(heard.device, heard.message, contact, known, changes)
-        if verdict is Verdict.NEW:
-            changes.touched.add(heard.device)
-            _believe(heard, contact, known, changes, batch=batch, clock=clock, now=now)
-        changes.verdicts.append(verdict)
+    contacts, verdicts, touched = known.contacts, changes.verdicts, changes.touched
+    for device, message in messages:
+        contact = contacts.get(device)
+        if contact is None:
+            contact = contacts[device] = Contact()
+        if isinstance(message, Presence):
+            verdict = _presence(message, contact, clock, now)
+            if verdict is Verdict.NEW:
+                touched.add(device)
+            verdicts.append(verdict)
+            continue
+        verdict = _count(device, message, contact, known, changes)
+        verdicts.append(verdict)
+        if verdict is not Verdict.NEW:
+            continue
+        touched.add(device)
+        if message.boot_count >= contact.boot_count:
+            contact.boot, contact.boot_count = message.boot, message.boot_count
+        contact.last_contact, contact.heard_clock, contact.online = now, clock, True
+        if not isinstance(message, Reported):
+            _keep(device, message, changes, batch, now)
+            continue
+        version = (message.boot_count, message.seq)
+        if version > known.states.get(device, (-1, -1)):
+            known.states[device] = version
+            changes.reports[device] = message
     return changes
 
 
@@ -140,7 +157,7 @@ def report_rows(changes: Changes, now: float) -> list[bulk.Row]:
 
 
 def rollup_rows(changes: Changes) -> list[bulk.Row]:
-    return [(*key, *sums) for key, sums in sorted(changes.rollups.items())]
+    return list(changes.rollups.rows())
 
 
 def _presence(message: Presence, contact: Contact, clock: float, now: float) -> Verdict:
@@ -149,11 +166,19 @@ def _presence(message: Presence, contact: Contact, clock: float, now: float) -> 
     contact.online = message.online
     if message.online or message.sleeping_until is not None:
         contact.sleeping_until = message.sleeping_until
+    if message.boot_count >= contact.boot_count:
+        contact.boot, contact.boot_count = message.boot, message.boot_count
+    if message.online or not contact.last_contact:
+        contact.last_contact, contact.heard_clock = now, clock
     return Verdict.NEW
 
 
 def _count(
-    device: str, message: Reported | Health, contact: Contact, known: Known, changes: Changes
+    device: str,
+    message: Reported | Health | Sample,
+    contact: Contact,
+    known: Known,
+    changes: Changes,
 ) -> Verdict:
     if message.boot_count < contact.boot_floor:
         return Verdict.LATE
@@ -167,40 +192,10 @@ def _count(
     return verdict
 
 
-def _believe(
-    heard: Heard,
-    contact: Contact,
-    known: Known,
-    changes: Changes,
-    *,
-    batch: int,
-    clock: float,
-    now: float,
-) -> None:
-    message = heard.message
-    if message.boot_count >= contact.boot_count:
-        contact.boot, contact.boot_count = message.boot, message.boot_count
-    if isinstance(message, Presence):
-        if message.online or not contact.last_contact:
-            contact.last_contact, contact.heard_clock = now, clock
-        return
-    contact.last_contact, contact.heard_clock, contact.online = now, clock, True
-    if isinstance(message, Health):
-        _keep(heard.device, message, changes, batch, now)
-        return
-    version = (message.boot_count, message.seq)
-    if version > known.states.get(heard.device, (-1, -1)):
-        known.states[heard.device] = version
-        changes.reports[heard.device] = message
-
-
-def _keep(device: str, message: Health, changes: Changes, batch: int, now: float) -> None:
-    when = rollups.interval(message, now)
-    changes.shifted += when.shifted
-    for key, part in rollups.parts(device, message, when):
-        n, total, squares = changes.rollups.get(key, (0, 0.0, 0.0))
-        changes.rollups[key] = (n + part.n, total + part.total, squares + part.squares)
-    sums = {name: (lv.n, lv.total, lv.squares) for name, lv in rollups.levels(message).items()}
+def _keep(device: str, message: Health | Sample, changes: Changes, batch: int, now: float) -> None:
+    levels = rollups.levels(message.columns)
+    seconds, shifted = changes.rollups.add(device, message, levels, now)
+    changes.shifted += shifted
     changes.health.append(
         (
             batch,
@@ -212,13 +207,16 @@ def _keep(device: str, message: Health, changes: Changes, batch: int, now: float
             message.attempt,
             _json(message.components),
             message.t0,
-            when.seconds,
-            _json(sums),
+            seconds,
+            _json(levels),
             _json(message.counters),
             _json(message.exposure),
         )
     )
 
 
+_encode = msgspec.json.Encoder().encode
+
+
 def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+    return _encode(value).decode()

@@ -231,17 +231,13 @@ def _load_some(connection: Connection, devices: list[str], known: Known) -> None
 def _load_boots(
     connection: Connection, devices: list[str], wanted: set[tuple[str, str]], known: Known
 ) -> None:
-    table, some = tables.boots, set(devices)
-    names = sorted({boot for device, boot in wanted if device in some})
-    for first in range(0, len(names), _MANY):
-        query = select(table).where(
-            table.c.device.in_(devices), table.c.boot.in_(names[first : first + _MANY])
-        )
-        for row in connection.execute(query):
-            if (row.device, row.boot) in wanted:
-                known.boots[row.device, row.boot] = Seen(
-                    boot_count=row.boot_count, high=row.high, missing=unpack(row.missing)
-                )
+    # By device alone: a second list of boots would make SQLite try every pair of the two.
+    table = tables.boots
+    for row in connection.execute(select(table).where(table.c.device.in_(devices))):
+        if (row.device, row.boot) in wanted:
+            known.boots[row.device, row.boot] = Seen(
+                boot_count=row.boot_count, high=row.high, missing=unpack(row.missing)
+            )
 
 
 def _save(

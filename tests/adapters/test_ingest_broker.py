@@ -26,6 +26,7 @@ from telemetry.ingest_role import run as serve
 from telemetry.store.database import open_engine, writing
 from telemetry.store.reports import Store
 from telemetry.store.tables import create_schema
+from telemetry.wire import MAX_PACKET
 
 NOW = 1_800_000_000.0
 DIGEST = "sha256:" + "a" * 64
@@ -268,6 +269,59 @@ def test_a_stalled_database_acknowledges_nothing_and_loses_nothing(
                 transaction.rollback()
             await until(lambda: len(counted(engine)) == 1000)
             await until(lambda: acks)
+
+    run(story)
+
+
+def test_a_flood_before_a_stalled_database_fills_the_queue_and_no_more(
+    mosquitto: Mosquitto, engine: Engine
+) -> None:
+    async def story() -> None:
+        acks: list[Received] = []
+        async with (
+            ingesting(mosquitto.url, engine, queue_max=500) as role,
+            connected(mosquitto.url, "dev", "bw/v1/+/ack", hear=acks.append) as device,
+        ):
+            await device.up.wait()
+            with engine.connect() as lock:  # BEGIN IMMEDIATE: nobody else may write
+                transaction = lock.begin()
+                numbers = range(10_000)
+                messages = [("bw/v1/car-3/health", health(n)) for n in numbers]
+                messages[1::2] = [(f"bw/v1/car-{n % 9}/health", health(n)) for n in numbers[1::2]]
+                assert all(await device.publish_many(messages, retain=False, timeout=60))
+                await until(lambda: len(role._queue) >= 500)
+                await asyncio.sleep(1.0)  # what may come in this time is what must not come
+                longest = 500 + 4 * MAX_PACKET // len(health(0))  # and one read of the socket
+                assert len(role._queue) <= longest < 5_000
+                assert acks == []
+                assert counted(engine) == []
+                transaction.rollback()
+            await until(lambda: len(counted(engine)) == 10_000, 60)
+            await until(lambda: acks)
+            assert Store(engine).refusals() == {}
+
+    run(story)
+
+
+def test_a_queue_of_few_large_messages_is_full_by_their_bytes(
+    mosquitto: Mosquitto, engine: Engine
+) -> None:
+    async def story() -> None:
+        async with (
+            ingesting(mosquitto.url, engine, queue_bytes=100_000, batch_max=2) as role,
+            connected(mosquitto.url, "dev") as device,
+        ):
+            await device.up.wait()
+            with engine.connect() as lock:
+                transaction = lock.begin()
+                large = {f"x{n}": "y" * 1000 for n in range(40)}
+                messages = [("bw/v1/car-3/health", health(n, **large)) for n in range(400)]
+                assert all(await device.publish_many(messages, retain=False, timeout=60))
+                await until(lambda: role._bytes >= 100_000)
+                await asyncio.sleep(0.5)
+                assert role._bytes <= 100_000 + 4 * MAX_PACKET
+                transaction.rollback()
+            await until(lambda: len(counted(engine)) == 400, 60)
 
     run(story)
 
