@@ -42,12 +42,13 @@ def allowed(kind: str, state: str) -> bool:
 
 
 class Refused(Exception):
-    """A command that was not recorded. `code` is the HTTP status that says why."""
+    """A command that was not recorded. `code`: HTTP status; `pointer`: field of the body."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, pointer: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.pointer = pointer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,11 @@ class Settings(BaseSettings):
     lease: float = Field(
         10.0, ge=1, description="seconds of silence after which another controller takes over"
     )
+    rate_limit: float = Field(
+        50.0,
+        ge=0,
+        description="requests a second of one caller, five seconds' worth at once; 0: any",
+    )
     retention: float = Field(14 * 86400.0, gt=0, description="seconds that raw health is kept")
 
     @field_validator("public_url")

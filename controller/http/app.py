@@ -12,10 +12,12 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from controller.broker_admin import BrokerUnavailable
-from controller.http import plans, problems, reads, services, session, verbs
+from controller.http import contract, plans, problems, reads, services, session, verbs
 from controller.http.dashboard import pages
 from controller.http.devicebook import DeviceBook
+from controller.http.events import Events
 from controller.http.guard import Guard
+from controller.http.lanes import Lanes
 from controller.http.ports import Deps
 
 __all__ = ["Deps", "create_app"]
@@ -37,6 +39,8 @@ def create_app(deps: Deps) -> FastAPI:
     app.state.deps = deps
     app.state.book = DeviceBook(deps.reader, deps.clock)
     app.state.refused = {}
+    app.state.lanes = Lanes(deps.settings.rate_limit)
+    app.state.events = Events(deps.engine)
     app.state.local_csrf = secrets.token_urlsafe(32)
     problems.install(app)
     app.add_exception_handler(session.LoginNeeded, session.to_login)
@@ -48,6 +52,7 @@ def create_app(deps: Deps) -> FastAPI:
     )  # fmt: skip
     for router in routers:
         app.include_router(router)
+    contract.install(app)
     app.add_middleware(Guard)
     return app
 
@@ -57,6 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     task = asyncio.create_task(_keep_accounts(app.state.deps))
     yield
     await app.state.live.close()
+    app.state.events.stop()
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

@@ -20,6 +20,15 @@ class Body(BaseModel):
     )
 
 
+def fields() -> set[str]:
+    """The names of all fields of all bodies, as they are sent."""
+    return {
+        field.alias or name
+        for body in Body.__subclasses__()
+        for name, field in body.model_fields.items()
+    }
+
+
 class Verb(Body):
     """What every verb on a rollout takes."""
 

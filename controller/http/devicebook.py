@@ -92,6 +92,13 @@ class DeviceBook:
             known = self._scored.get(fleet)
         return {} if known is None else known.sizes
 
+    def scores(self, conn: Connection, fleets: set[str]) -> dict[str, Mapping[str, Any]]:
+        """device → its score, of these fleets."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for fleet in fleets:
+            found.update(self._score(conn, fleet).values)
+        return found
+
     def _score(self, conn: Connection, fleet: str) -> _Scored:
         now = self._clock()
         with self._lock:

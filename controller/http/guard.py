@@ -7,6 +7,7 @@ NUL in a path or query is 400; every answer carries the security headers.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -72,6 +73,12 @@ class Guard:
         if refusal := _refuse(scope, limit):
             await answer(*refusal)(scope, receive, send)
             return
+        state = scope["app"].state
+        wait = state.lanes.wait(scope, state.deps.settings.auth == "loopback")
+        if wait > 0:
+            after = {"Retry-After": str(math.ceil(wait))}
+            await answer(429, "too many requests", headers=after)(scope, receive, send)
+            return
         taken = 0
 
         async def receive_some() -> Message:
@@ -90,7 +97,9 @@ def _refuse(scope: Scope, limit: int) -> tuple[int, str] | None:
         return 400, "NUL is in no name"
     headers = Headers(scope=scope)
     length = headers.get("content-length")
-    if length is not None and (not length.isdigit() or int(length) > limit):
+    if length is not None and not (length.isascii() and length.isdigit()):
+        return 400, "Content-Length is no number"
+    if length is not None and (len(length) > 15 or int(length) > limit):
         return 413, f"the body is larger than {limit} bytes"
     path: str = scope["path"]
     if scope["method"] == "POST" and path not in _ANY_TYPE:

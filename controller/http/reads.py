@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy import Connection, Row
 
-from controller.http import paging
+from controller.http import answers, paging, suspecting
 from controller.http.access import Principal, Right, must_everywhere, needs
+from controller.http.contract import says
+from controller.http.devicebook import DeviceBook
 from controller.http.ports import Book, Given
 from controller.http.problems import Problem
 from controller.store import views
@@ -19,10 +23,15 @@ from telemetry.store.database import reading
 router = APIRouter(prefix="/api/v1")
 Viewer = Annotated[Principal, Depends(needs(Right.VIEW))]
 Auditor = Annotated[Principal, Depends(needs(Right.AUDIT))]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Cursor = Annotated[str | None, Query(max_length=512)]
-Filter = Annotated[str, Query(max_length=63)]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Items of one page")]
+Cursor = Annotated[str | None, Query(max_length=512, description="`next` of the page before")]
+Filter = Annotated[str, Query(max_length=128)]
+Label = Annotated[
+    list[str],
+    Query(max_length=16, description="KEY=VALUE; several must all match", examples=["region=eu"]),
+]
 Plain = dict[str, Any]
+_SCAN = 1000  # registry rows that one look for matching devices reads at once
 
 
 def page(items: Sequence[Any], limit: int, last: str) -> Plain:
@@ -30,18 +39,20 @@ def page(items: Sequence[Any], limit: int, last: str) -> Plain:
     return {"items": list(items), "next": more}
 
 
-@router.get("/fleets")
-def fleets(deps: Given, who: Viewer) -> Plain:
+@router.get("/fleets", **says(answers.Fleets))
+def fleets(deps: Given, who: Viewer, cursor: Cursor = None, limit: Limit = 1000) -> Plain:
+    """Every fleet that has devices or a rollout; the state of Git; the stops in force."""
+    after = paging.key(cursor)
     with reading(deps.engine) as conn:
+        found = [f for f in views.fleets(conn, who.fleets) if f["name"] > after][:limit]
         return {
-            "items": views.fleets(conn, who.fleets),
+            **page(found, limit, found[-1]["name"] if found else ""),
             "git": views.git(conn),
             "stops": views.active_stops(conn),
-            "next": None,
         }
 
 
-@router.get("/fleets/{fleet}")
+@router.get("/fleets/{fleet}", **says(answers.FleetWhole))
 def fleet(fleet: str, deps: Given, who: Viewer) -> Plain:
     with reading(deps.engine) as conn:
         found = [f for f in views.fleets(conn, who.fleets) if f["name"] == fleet]
@@ -50,7 +61,7 @@ def fleet(fleet: str, deps: Given, who: Viewer) -> Plain:
         return {**found[0], "git": views.git(conn), "stops": views.active_stops(conn)}
 
 
-@router.get("/devices")
+@router.get("/devices", **says(answers.Devices))
 def devices(
     deps: Given,
     book: Book,
@@ -59,24 +70,67 @@ def devices(
     limit: Limit = 100,
     fleet: Filter = "",
     status: Filter = "",
+    label: Label = [],  # noqa: B006 - FastAPI copies it
+    state: Filter = "",
+    online: bool | None = None,
+    running: Annotated[str, Query(max_length=128, description="A release or a digest")] = "",
 ) -> Plain:
+    """By id. `state`, `online` and `running` are the device's own last word."""
+    labels = _labels(label)
+    wanted = _Word(state=state, online=online, running=running)
+    rows: list[Row[Any]] = []
     with reading(deps.engine) as conn:
-        rows = views.list_devices(
-            conn,
-            after=paging.key(cursor),
-            limit=limit,
-            fleets=who.fleets,
-            fleet=fleet,
-            status=status,
-        )
+        after, more = paging.key(cursor), True
+        while more and len(rows) < limit:
+            at_once = _SCAN if wanted.asks else limit
+            found = views.list_devices(
+                conn,
+                after=after,
+                limit=at_once,
+                fleets=who.fleets,
+                fleet=fleet,
+                status=status,
+                labels=labels,
+            )
+            more = len(found) == at_once
+            after = found[-1].id if found else after
+            rows += [row for row in found if not wanted.asks or wanted.fits(book, row.id)]
+        rows = rows[:limit]
         return page(book.describe(conn, rows), limit, rows[-1].id if rows else "")
 
 
-@router.get("/devices:changes")
+@router.get("/devices:changes", **says(answers.Changes))
 def device_changes(
-    deps: Given, book: Book, who: Viewer, cursor: Cursor = None, limit: Limit = 500
+    deps: Given,
+    book: Book,
+    who: Viewer,
+    cursor: Cursor = None,
+    limit: Limit = 500,
+    since: Annotated[
+        str,
+        Query(max_length=40, description="RFC 3339, or an age", examples=["24h"]),
+    ] = "",
+    where: Annotated[
+        list[str],
+        Query(
+            max_length=16,
+            description="What the affected devices have in common: KEY OP VALUE with = != ~ > >= < "
+            "<=; several must all hold. KEY: id, fleet, status, state, reason, blockedBy, online, "
+            "score, running, running.COMPONENT, label.NAME, or a metric (its count since `since`; "
+            "METRIC/UNIT is its rate)",
+            examples=["state=ROLLED_BACK", "hard_braking/device_hour>0.5"],
+        ),
+    ] = [],  # noqa: B006
+    fleet: Filter = "",
 ) -> Plain:
-    """Devices whose registry row or last word changed since the cursor; the cursor never ends."""
+    """What changed: a feed without `where`; with a symptom, the suspects.
+
+    With `where`: which releases, components, hardware, labels are over-represented among the
+    devices that match, against all others; ranked by Fisher's exact test, with counts and odds.
+    Without: devices whose registry row or last word changed since the cursor, which never ends.
+    """
+    if where:
+        return suspecting.rank(deps, book, who, since=since, where=where, fleet=fleet, limit=limit)
     registry, reported = _marks(paging.key(cursor))
     with reading(deps.engine) as conn:
         rows = list(views.changed_devices(conn, since=registry, limit=limit))
@@ -90,12 +144,12 @@ def device_changes(
         reported = max([reported, *(row.change for row in taken)])
         present = {row.id for row in rows}
         rows += _rows(conn, [row.device for row in taken if row.device not in present])
-        visible = [row for row in rows if who.sees(row.fleet)]
+        visible = [row for row in rows if who.sees(row.fleet) and fleet in ("", row.fleet)]
         following = paging.cursor(f"{registry}.{reported}")
         return {"items": book.describe(conn, visible), "next": following}
 
 
-@router.get("/devices/{device}")
+@router.get("/devices/{device}", **says(answers.DeviceAnswer))
 def device(device: str, deps: Given, book: Book, who: Viewer) -> Plain:
     with reading(deps.engine) as conn:
         rows = [row for row in _rows(conn, [device]) if who.sees(row.fleet)]
@@ -104,48 +158,82 @@ def device(device: str, deps: Given, book: Book, who: Viewer) -> Plain:
         return book.describe(conn, rows)[0]
 
 
-@router.get("/releases")
-def releases(deps: Given, who: Viewer, cursor: Cursor = None, limit: Limit = 100) -> Plain:
+@router.get("/releases", **says(answers.Releases))
+def releases(
+    deps: Given,
+    who: Viewer,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+    name: Filter = "",
+    digest: Filter = "",
+) -> Plain:
+    """Every release that an accepted commit has shown, by name."""
     with reading(deps.engine) as conn:
-        found = views.list_releases(conn, after=paging.key(cursor), limit=limit)
+        found = views.list_releases(
+            conn, after=paging.key(cursor), limit=limit, name=name, digest=digest
+        )
     return page(found, limit, found[-1]["name"] if found else "")
 
 
-@router.get("/rollouts")
+@router.get("/rollouts", **says(answers.Rollouts))
 def rollouts(
-    deps: Given, who: Viewer, cursor: Cursor = None, limit: Limit = 100, state: Filter = ""
+    deps: Given,
+    who: Viewer,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+    state: Filter = "",
+    fleet: Filter = "",
+    name: Filter = "",
+    release: Filter = "",
 ) -> Plain:
     """Newest first."""
     with reading(deps.engine) as conn:
         rows = views.list_rollouts(
-            conn, before=paging.key(cursor), limit=limit, fleets=who.fleets, state=state
+            conn,
+            before=paging.key(cursor),
+            limit=limit,
+            fleets=who.fleets,
+            state=state,
+            fleet=fleet,
+            name=name,
+            release=release,
         )
         return page(_described(conn, rows), limit, rows[-1].id if rows else "")
 
 
-@router.get("/rollouts/{rollout}")
+@router.get("/rollouts/{rollout}", **says(answers.RolloutAnswer))
 def rollout(rollout: str, deps: Given, who: Viewer, request: Request, response: Response) -> Any:
+    """By id, or the newest of a name; its ETag is what the verbs' If-Match wants."""
     with reading(deps.engine) as conn:
         row = find(conn, rollout, who)
+        etag = f'"{row.revision}"'
+        headers = {"ETag": etag, "Cache-Control": "no-cache"}
         body = _described(conn, [row])[0]
-    response.headers["ETag"] = f'"{row.revision}"'
-    response.headers["Cache-Control"] = "no-cache"
+    response.headers.update(headers)
     return body
 
 
-@router.get("/rollouts/{rollout}/decisions")
+@router.get("/rollouts/{rollout}/decisions", **says(answers.Decisions))
 def decisions(
-    rollout: str, deps: Given, who: Viewer, cursor: Cursor = None, limit: Limit = 100
+    rollout: str,
+    deps: Given,
+    who: Viewer,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+    kind: Filter = "",
+    verdict: Filter = "",
 ) -> Plain:
     """Newest first."""
     with reading(deps.engine) as conn:
         row = find(conn, rollout, who)
-        found = views.list_decisions(conn, row.id, before=paging.key(cursor), limit=limit)
+        found = views.list_decisions(
+            conn, row.id, before=paging.key(cursor), limit=limit, kind=kind, verdict=verdict
+        )
         items = [views.decision(entry, whole=False) for entry in found]
     return page(items, limit, items[-1]["id"] if items else "")
 
 
-@router.get("/rollouts/{rollout}/evidence")
+@router.get("/rollouts/{rollout}/evidence", **says(answers.Evidence))
 def evidence(
     rollout: str, deps: Given, who: Viewer, cursor: Cursor = None, limit: Limit = 20
 ) -> Plain:
@@ -158,7 +246,7 @@ def evidence(
     return {**page(items, limit, items[-1]["id"] if items else ""), "v": 1, "rollout": about}
 
 
-@router.get("/decisions/{decision}")
+@router.get("/decisions/{decision}", **says(answers.DecisionWhole))
 def decision(decision: str, deps: Given, who: Viewer) -> Plain:
     with reading(deps.engine) as conn:
         row = views.find_decision(conn, decision)
@@ -168,15 +256,25 @@ def decision(decision: str, deps: Given, who: Viewer) -> Plain:
         return views.decision(row, whole=True)
 
 
-@router.get("/audit")
-def audit(deps: Given, who: Auditor, cursor: Cursor = None, limit: Limit = 100) -> Plain:
+@router.get("/audit", **says(answers.Audit))
+def audit(
+    deps: Given,
+    who: Auditor,
+    cursor: Cursor = None,
+    limit: Limit = 100,
+    actor: Filter = "",
+    action: Filter = "",
+    subject: Filter = "",
+) -> Plain:
     """Oldest first; of all fleets, so not for a token of some."""
     must_everywhere(who, Right.AUDIT, "the audit tells of all of them")
     key = paging.key(cursor) or "0"
-    if not key.isdigit():
+    if not (key.isascii() and key.isdigit() and len(key) < 16):
         raise Problem(400, "cursor: not one of this list", pointer="query/cursor")
     with reading(deps.engine) as conn:
-        found = views.list_audit(conn, after=int(key), limit=limit)
+        found = views.list_audit(
+            conn, after=int(key), limit=limit, actor=actor, action=action, subject=subject
+        )
     return page(found, limit, str(found[-1]["seq"]) if found else "")
 
 
@@ -203,6 +301,42 @@ def _rows(conn: Connection, ids: Sequence[str]) -> list[Row[Any]]:
 
 def _marks(key: str) -> tuple[int, int]:
     first, _, second = (key or "0.0").partition(".")
-    if not (first.isdigit() and second.isdigit()):
+    if not (first.isascii() and first.isdigit() and second.isascii() and second.isdigit()) or (
+        len(key) > 32
+    ):
         raise Problem(400, "cursor: not one of this list", pointer="query/cursor")
     return int(first), int(second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Word:
+    """A filter on the last word of a device."""
+
+    state: str
+    online: bool | None
+    running: str
+
+    @property
+    def asks(self) -> bool:
+        return bool(self.state or self.running) or self.online is not None
+
+    def fits(self, book: DeviceBook, device: str) -> bool:
+        row = book.seen().get(device)
+        if row is None:
+            return not (self.state or self.running or self.online)
+        runs = {name for part in row.components.values() for name in (part.release, part.digest)}
+        return (
+            (not self.state or str(row.state) == self.state)
+            and (self.online is None or row.online == self.online)
+            and (not self.running or self.running in runs)
+        )
+
+
+def _labels(pairs: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z0-9._/-]{1,63}", name) or len(value) > 128:
+            raise Problem(422, f"label: {pair[:80]!r}: write KEY=VALUE", pointer="query/label")
+        found[name] = value
+    return found

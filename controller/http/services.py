@@ -6,9 +6,7 @@ the device's own credentials — its own order, nobody else's.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-import json
 import os
 import re
 import tempfile
@@ -18,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy import func, insert, select
 from starlette.concurrency import run_in_threadpool
 
@@ -32,6 +31,7 @@ from controller.http.access import (
     needs,
 )
 from controller.http.bodies import Id
+from controller.http.events import Events, stream
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
 from controller.store import devices as registry_rows
@@ -48,7 +48,7 @@ Publisher = Annotated[Principal, Depends(needs(Right.PUBLISH))]
 Viewer = Annotated[Principal, Depends(needs(Right.VIEW))]
 Version = Annotated[str, Query(max_length=64, pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}$")]
 EVENTS_LAST = 60.0  # seconds; then the client comes again with Last-Event-ID
-_EVENT_POLL = 0.5
+EVENTS_BEAT = 10.0  # seconds of silence before a sign of life
 
 
 @api.get("/devices/{device}/desired")
@@ -173,39 +173,34 @@ async def git_webhook(request: Request, deps: Given) -> dict[str, str]:
     return {"state": "looking"}
 
 
-@api.get("/events", response_class=StreamingResponse)
-def events(request: Request, deps: Given, who: Viewer) -> StreamingResponse:
-    """Server-sent events: what was recorded, as it is recorded. Resume with Last-Event-ID."""
+async def event_start(request: Request, who: Viewer) -> int:
+    """The event after which the stream begins."""
     must_everywhere(who, Right.VIEW, "the events tell of all of them")
     last = request.headers.get("last-event-id", "")
-    if last and not (last.isdigit() and len(last) < 16):
-        raise Problem(400, "Last-Event-ID: a number of one of our events is expected")
-    with reading(deps.engine) as conn:
-        start = int(last) if last else views.audit_head(conn)
-    return StreamingResponse(
-        _events(request, deps, start),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-    )
+    if last and not (last.isascii() and last.isdigit() and len(last) < 16):
+        raise Problem(
+            400, "Last-Event-ID: a number of one of our events", pointer="header/last-event-id"
+        )
+    events: Events = request.app.state.events
+    return int(last) if last else await events.head()
 
 
-async def _events(request: Request, deps: Deps, seq: int) -> AsyncIterator[str]:
-    yield "retry: 1000\n\n"
-    loop = asyncio.get_running_loop()
-    until = loop.time() + EVENTS_LAST
-    while loop.time() < until and not await request.is_disconnected():
-        rows = await run_in_threadpool(_audit_since, deps, seq)
-        for row in rows:
-            seq = row["seq"]
-            yield f"id: {seq}\nevent: {row['action']}\ndata: {json.dumps(row)}\n\n"
-        if not rows:
-            yield ": still here\n\n"
-            await asyncio.sleep(_EVENT_POLL)
+@api.get("/events", response_class=EventSourceResponse)
+async def events(
+    request: Request, start: Annotated[int, Depends(event_start)]
+) -> AsyncIterator[ServerSentEvent]:
+    """What was recorded, as it is recorded; resume with Last-Event-ID.
 
-
-def _audit_since(deps: Deps, seq: int) -> list[dict[str, Any]]:
-    with reading(deps.engine) as conn:
-        return views.list_audit(conn, after=seq, limit=200)
+    `id` is the number of the audit row, `event` its action (`verdict:roll_back`, `rollback`, …),
+    `data` the row. A stream ends after a minute; the client comes again by itself.
+    """
+    yield ServerSentEvent(retry=1000)
+    hub: Events = request.app.state.events
+    async for row in stream(hub, start, lasts=EVENTS_LAST, beat=EVENTS_BEAT):
+        if row is None:
+            yield ServerSentEvent(comment="still here")
+            continue
+        yield ServerSentEvent(id=str(row.seq), event=row.action, raw_data=row.text)
 
 
 @router.get("/livez")

@@ -67,7 +67,15 @@ def find_rollout(conn: Connection, name: str) -> Row[Any] | None:
 
 
 def list_rollouts(
-    conn: Connection, *, before: str, limit: int, fleets: frozenset[str], state: str = ""
+    conn: Connection,
+    *,
+    before: str,
+    limit: int,
+    fleets: frozenset[str],
+    state: str = "",
+    fleet: str = "",
+    name: str = "",
+    release: str = "",
 ) -> Sequence[Row[Any]]:
     """Newest first; `before` is the id where the page before ended."""
     query = select(rollouts).order_by(rollouts.c.id.desc()).limit(limit)
@@ -75,8 +83,15 @@ def list_rollouts(
         query = query.where(rollouts.c.id < before)
     if fleets:
         query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
-    if state:
-        query = query.where(rollouts.c.state == state)
+    columns = (
+        (rollouts.c.state, state),
+        (rollouts.c.fleet, fleet),
+        (rollouts.c.name, name),
+        (rollouts.c.release, release),
+    )
+    for column, wanted in columns:
+        if wanted:
+            query = query.where(column == wanted)
     return conn.execute(query).all()
 
 
@@ -135,6 +150,7 @@ def holds_of(conn: Connection, names: Sequence[str]) -> dict[str, list[Plain]]:
                 "release": row.release,
                 "digest": row.digest,
                 "to": row.to,
+                "scope": row.scope,
                 "reason": row.reason,
                 "actor": row.actor,
                 "incident": row.incident,
@@ -168,11 +184,15 @@ def active_stops(conn: Connection) -> list[Plain]:
 
 
 def list_decisions(
-    conn: Connection, rollout_id: str, *, before: str, limit: int
+    conn: Connection, rollout_id: str, *, before: str, limit: int, kind: str = "", verdict: str = ""
 ) -> Sequence[Row[Any]]:
     query = select(decisions).where(decisions.c.rollout == rollout_id)
     if before:
         query = query.where(decisions.c.id < before)
+    if kind:
+        query = query.where(decisions.c.kind == kind)
+    if verdict:
+        query = query.where(decisions.c.verdict == verdict)
     return conn.execute(query.order_by(decisions.c.id.desc()).limit(limit)).all()
 
 
@@ -204,8 +224,14 @@ def decision(row: Row[Any], *, whole: bool) -> Plain:
 # -- releases, audit, fleets ----------------------------------------------------------------------
 
 
-def list_releases(conn: Connection, *, after: str, limit: int) -> list[Plain]:
+def list_releases(
+    conn: Connection, *, after: str, limit: int, name: str = "", digest: str = ""
+) -> list[Plain]:
     query = select(releases).where(releases.c.name > after).order_by(releases.c.name).limit(limit)
+    if name:
+        query = query.where(releases.c.name == name)
+    if digest:
+        query = query.where(releases.c.digest == digest)
     return [
         {
             "name": row.name,
@@ -218,8 +244,20 @@ def list_releases(conn: Connection, *, after: str, limit: int) -> list[Plain]:
     ]
 
 
-def list_audit(conn: Connection, *, after: int, limit: int) -> list[Plain]:
+def list_audit(
+    conn: Connection,
+    *,
+    after: int,
+    limit: int,
+    actor: str = "",
+    action: str = "",
+    subject: str = "",
+) -> list[Plain]:
     query = select(audit).where(audit.c.seq > after).order_by(audit.c.seq).limit(limit)
+    columns = ((audit.c.actor, actor), (audit.c.action, action), (audit.c.subject, subject))
+    for column, wanted in columns:
+        if wanted:
+            query = query.where(column == wanted)
     return [
         {
             "seq": row.seq,
@@ -281,8 +319,11 @@ def list_devices(
     fleets: frozenset[str],
     fleet: str = "",
     status: str = "",
+    labels: Mapping[str, str] | None = None,
 ) -> Sequence[Row[Any]]:
     query = select(devices).where(devices.c.id > after).order_by(devices.c.id).limit(limit)
+    for key, wanted in (labels or {}).items():
+        query = query.where(devices.c.labels[key].as_string() == wanted)
     if fleets:
         query = query.where(devices.c.fleet.in_(sorted(fleets)))
     if fleet:
@@ -308,6 +349,21 @@ def memberships(conn: Connection, ids: Sequence[str]) -> dict[str, Row[Any]]:
             .order_by((members.c.arm == "control").desc(), members.c.drawn_at)
         )
         found |= {row.device: row for row in conn.execute(query)}
+    return found
+
+
+def drawn_since(conn: Connection, since: float) -> dict[str, list[Row[Any]]]:
+    """device → its memberships that were drawn since then."""
+    query = (
+        select(
+            members.c.device, members.c.step, members.c.arm, rollouts.c.name.label("rollout_name")
+        )
+        .join(rollouts, rollouts.c.id == members.c.rollout)
+        .where(members.c.drawn_at >= since)
+    )
+    found: dict[str, list[Any]] = {}
+    for row in conn.execute(query):
+        found.setdefault(row.device, []).append(row)
     return found
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.engine import make_url
 
 BUSY_MS = 10_000  # how long a writer waits for another one
 IDLE_MS = 60_000  # after which PostgreSQL ends a transaction whose owner says nothing
+OVERFLOW = 50  # connections beyond five: one for each thread of the API, so that none waits for one
 
 
 def open_engine(url: str) -> Engine:
@@ -55,11 +56,11 @@ def _postgresql(url: str) -> Engine:
     }
     named = make_url(url).query
     given = {name: value for name, value in silent.items() if name not in named}
-    return create_engine(url, pool_pre_ping=True, connect_args=given)
+    return create_engine(url, pool_pre_ping=True, max_overflow=OVERFLOW, connect_args=given)
 
 
 def _sqlite(url: str) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000})
+    engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000}, max_overflow=OVERFLOW)
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:

@@ -1,0 +1,289 @@
+"""What the API answers, as the OpenAPI document tells it. Shapes only: not checked at run time.
+
+Times are RFC 3339 in UTC with milliseconds. More fields may come; none goes away within `/api/v1`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+DIGEST = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+SENTENCE = (
+    "ROLLED BACK — disengagements 2.74 per 1,000 km [1.9, 3.8] exceed 1.5 × control (0.41); "
+    "1,840 cars, 41,000 km; by policy `driving`, commit 9c1f2ab"
+)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="allow")
+
+
+class Fault(Answer):
+    pointer: str = Field(
+        description="JSON pointer into the body, or query/NAME, path, method, header/NAME",
+        examples=["/reason"],
+    )
+    detail: str
+
+
+class Problem(Answer):
+    """RFC 9457: what happened, to what, and what to do."""
+
+    type: str = Field(examples=["about:blank"])
+    title: str = Field(examples=["Precondition Failed"])
+    status: int = Field(examples=[412])
+    detail: str = Field(examples=["cars: revision 3 is stale, it is 4 now: SOAKING — 3 of 10"])
+    hint: str = Field(examples=["GET it again, look, then repeat with its new ETag"])
+    errors: list[Fault]
+
+
+class Git(Answer):
+    accepted: str | None
+    author: str
+    accepted_at: str | None
+    head: str | None
+    checked_at: str | None
+    heard_at: str | None
+    refused: str
+    problems: list[dict[str, Any]]
+    notices: dict[str, str]
+
+
+class StopAnswer(Answer):
+    id: str
+    scope: str
+    value: str
+    reason: str
+    actor: str
+    at: str
+
+
+class FleetAnswer(Answer):
+    name: str = Field(examples=["model-3-eu"])
+    devices: dict[str, int] = Field(examples=[{"active": 11820, "pending": 4}])
+    rollouts: dict[str, dict[str, Any]]
+    proven: dict[str, dict[str, Any]]
+
+
+class FleetWhole(FleetAnswer):
+    git: Git
+    stops: list[StopAnswer]
+
+
+class Fleets(Answer):
+    items: list[FleetAnswer]
+    next: str | None
+    git: Git
+    stops: list[StopAnswer]
+
+
+class Membership(Answer):
+    rollout: str
+    name: str
+    step: int
+    arm: str = Field(examples=["exposed"])
+    state: str = Field(examples=["updated"])
+    reason: str
+
+
+class DeviceAnswer(Answer):
+    id: str = Field(examples=["car-0001"])
+    fleet: str = Field(examples=["model-3-eu"])
+    labels: dict[str, str]
+    status: str = Field(examples=["active"])
+    enrolled_at: str | None
+    cohort: str | None
+    score: dict[str, Any]
+    score_when_drawn: float | None
+    membership: Membership | None
+    desired: dict[str, Any] | None
+    state: str | None = Field(examples=["COMMITTED"])
+    reason: str | None
+    blocked_by: list[str]
+    components: dict[str, Any]
+    history: list[dict[str, Any]]
+    last_contact: str | None
+    online: bool
+
+
+class Devices(Answer):
+    items: list[DeviceAnswer]
+    next: str | None
+
+
+class Suspect(Answer):
+    factor: str = Field(examples=["component"])
+    name: str = Field(examples=["autopilot"])
+    value: str = Field(examples=["fsd-10.3.0, since 2026-11-24T22:00:00.000Z"])
+    affected: int
+    affected_of: int
+    others: int
+    others_of: int
+    lift: float | None = Field(description="share among the affected ÷ share among all")
+    odds_ratio: float = Field(description="with ½ added to each cell (Haldane, Anscombe)")
+    p: float = Field(description="Fisher's exact test, one-sided, × the number of factors tried")
+    sentence: str
+
+
+class Suspects(Answer):
+    since: str
+    where: list[str]
+    affected: int
+    others: int
+    tried: int
+    suspects: list[Suspect]
+    sentence: str
+
+
+class Changes(Answer):
+    """A page of devices, or, for `where`, the suspects."""
+
+    items: list[DeviceAnswer] | None = None
+    next: str | None = None
+    suspects: list[Suspect] | None = None
+
+
+class ReleaseAnswer(Answer):
+    name: str
+    digest: str = Field(examples=[DIGEST])
+    commit: str
+    seen_at: str
+    document: dict[str, Any]
+
+
+class Releases(Answer):
+    items: list[ReleaseAnswer]
+    next: str | None
+
+
+class HoldAnswer(Answer):
+    id: str
+    release: str
+    digest: str
+    to: str
+    scope: dict[str, Any]
+    reason: str
+    actor: str
+    incident: str | None
+    created_at: str
+    commit: str | None = Field(description="where Git has it; null: still to be recorded")
+    lifted_at: str | None
+    lifted_by: str | None
+    lift_reason: str | None
+    lift_commit: str | None
+
+
+class RolloutAnswer(Answer):
+    id: str = Field(examples=["01KAV4E6W3Z9QX2M5T7R8Y0BCD"])
+    name: str = Field(examples=["model-3-eu-autopilot"])
+    fleet: str
+    release: str
+    digest: str
+    artifacts: dict[str, str]
+    commit: str
+    author: str
+    state: str = Field(examples=["Soaking"])
+    sentence: str = Field(examples=[SENTENCE])
+    revision: int
+    step: int
+    steps: list[dict[str, Any]]
+    opened_at: str
+    step_at: str
+    soak_seconds: float
+    finished_at: str | None
+    updated_at: str
+    members: dict[str, Any]
+    holds: list[HoldAnswer]
+
+
+class Rollouts(Answer):
+    items: list[RolloutAnswer]
+    next: str | None
+
+
+class DecisionAnswer(Answer):
+    id: str
+    rollout: str
+    at: str
+    kind: str = Field(examples=["verdict"])
+    verdict: str = Field(examples=["roll_back"])
+    sentence: str = Field(examples=[SENTENCE])
+    numbers: dict[str, Any]
+    watermark: int
+    commit: str
+    term: int
+
+
+class DecisionWhole(DecisionAnswer):
+    inputs: dict[str, Any]
+    policy: dict[str, Any]
+
+
+class Decisions(Answer):
+    items: list[DecisionAnswer]
+    next: str | None
+
+
+class Evidence(Answer):
+    items: list[DecisionWhole]
+    next: str | None
+    v: int
+    rollout: RolloutAnswer
+
+
+class AuditRow(Answer):
+    seq: int
+    at: str
+    actor: str
+    action: str
+    subject: str
+    detail: dict[str, Any]
+    previous: str
+    hash: str
+
+
+class Audit(Answer):
+    items: list[AuditRow]
+    next: str | None
+
+
+class Recorded(Answer):
+    """Safe from here: the command stands in the database, with its audit row."""
+
+    id: str
+    revision: int
+    state: str = Field(examples=["recorded"])
+    sentence: str
+
+
+class Registered(Answer):
+    items: list[dict[str, Any]]
+    warnings: list[str]
+
+
+class Enrolled(Answer):
+    device: str
+    fleet: str
+    broker: dict[str, str | None]
+    keys: list[dict[str, str]]
+    server: str
+
+
+class DeviceChanged(Answer):
+    device: str
+    fleet: str
+    status: str
+    labels: dict[str, str]
+
+
+class Published(Answer):
+    digest: str = Field(examples=[DIGEST])
+    size: int
+    document: dict[str, Any]
+
+
+class State(Answer):
+    state: str
