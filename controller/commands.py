@@ -74,7 +74,9 @@ def record(
     if kind not in KINDS:
         raise Refused(404, f"{kind}: unknown; one of {', '.join(KINDS)}")
     if kind in ("rollback", "hold", "stop", "lift") and not reason.strip():
-        raise Refused(422, f"{kind}: say why (reason): it stands in the audit and in Git")
+        raise Refused(
+            422, f"{kind}: say why (reason): it stands in the audit and in Git", "/reason"
+        )
     with writing(engine) as conn:
         command = ulid.new(now, secrets.token_bytes(10))
         if kind == "stop":
@@ -130,6 +132,28 @@ def preview(engine: Engine, *, kind: str, rollout: str) -> dict[str, Any]:
         "devices": told if kind in ("rollback", "hold") else sum(states.values()),
         "sentence": f"{kind} {row['release']}: {told} devices were told it, "
         f"{states.get('drawn', 0)} more would not be told",
+    }
+
+
+def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The active rollouts whose devices a stop would reach, or its end set free; raises Refused."""
+    scope, value = _scope(body)
+    with reading(engine) as conn:
+        rows = conn.execute(
+            select(rollouts.c.id, rollouts.c.name, rollouts.c.fleet, rollouts.c.artifacts).where(
+                rollouts.c.state.in_([str(state) for state in ACTIVE])
+            )
+        ).all()
+    if scope == "digest":
+        rows = [row for row in rows if value in row.artifacts.values()]
+    where = f"{scope} {value}".strip()
+    verb = "ends the stop of" if body.get("lift") else "no new activation in"
+    return {
+        "kind": "stop",
+        "scope": scope,
+        "value": value,
+        "rollouts": [{"id": row.id, "name": row.name, "fleet": row.fleet} for row in rows],
+        "sentence": f"{verb} {where}: {len(rows)} active rollouts may be concerned",
     }
 
 
@@ -199,7 +223,9 @@ def _destination(conn: Connection, body: Mapping[str, Any]) -> str:
     if to in ("previous", "stay"):
         return to
     if conn.execute(select(releases.c.name).where(releases.c.name == to)).first() is None:
-        raise Refused(422, f"to: {to!r} is no known release; leave it out for each one's previous")
+        raise Refused(
+            422, f"to: {to!r} is no known release; leave it out for each one's previous", "/to"
+        )
     return to
 
 
@@ -270,11 +296,7 @@ def _lift(
 def _stop(
     conn: Connection, command: str, body: Mapping[str, Any], actor: str, reason: str, now: float
 ) -> str:
-    scope, value = str(body.get("scope", "all")), str(body.get("value") or "")
-    if scope not in SCOPES:
-        raise Refused(422, f"scope: {scope!r} is unknown; one of {', '.join(SCOPES)}")
-    if scope != "all" and not value:
-        raise Refused(422, f"value: say which {scope}")
+    scope, value = _scope(body)
     if body.get("lift"):
         lifted = conn.execute(
             update(stops)
@@ -290,3 +312,13 @@ def _stop(
         )
     )
     return f"stopped: no new activation in {scope} {value}".rstrip()
+
+
+def _scope(body: Mapping[str, Any]) -> tuple[str, str]:
+    scope, value = str(body.get("scope", "all")), str(body.get("value") or "")
+    if scope not in SCOPES:
+        known = ", ".join(SCOPES)
+        raise Refused(422, f"scope: {scope!r} is unknown; one of {known}", "/scope")
+    if scope != "all" and not value:
+        raise Refused(422, f"value: say which {scope}", "/value")
+    return scope, "" if scope == "all" else value

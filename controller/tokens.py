@@ -44,7 +44,7 @@ def create(
     row = TokenRow(
         id=ulid.new(now, secrets.token_bytes(10)),
         name=name,
-        role=role.value,
+        role=str(role),
         fleets=tuple(fleets),
         created_at=now,
         expires_at=None if lifetime is None else now + lifetime,

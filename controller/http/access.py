@@ -17,13 +17,14 @@ from __future__ import annotations
 import binascii
 import secrets
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
 from controller import sessions, tokens
+from controller.http.lanes import Lanes
 from controller.http.problems import Problem
 from controller.roles import RIGHTS, Grant, Principal, Right, Role
 from controller.settings import is_loopback
@@ -44,6 +45,18 @@ def needs(right: Right) -> Callable[[Request], Principal]:
 
     check.__name__ = f"needs_{right}"
     return check
+
+
+def needs_at_once(right: Right) -> Callable[[Request], Awaitable[Principal]]:
+    """The same for stops: checked in their own threads (`controller.http.lanes`)."""
+    check = needs(right)
+
+    async def checked(request: Request) -> Principal:
+        lanes: Lanes = request.app.state.lanes
+        return await lanes.stopping(check, request)
+
+    checked.__name__ = f"needs_{right}_at_once"
+    return checked
 
 
 def forbidden(who: Principal, right: Right, fleet: str = "") -> Problem:

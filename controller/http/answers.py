@@ -259,6 +259,13 @@ class Recorded(Answer):
     sentence: str
 
 
+class Preview(Answer):
+    """What a verb would reach, without doing it."""
+
+    kind: str = Field(examples=["rollback"])
+    sentence: str
+
+
 class Registered(Answer):
     items: list[dict[str, Any]]
     warnings: list[str]

@@ -43,6 +43,7 @@ class Stop(Body):
     scope: Literal["all", "product", "hardware", "digest"] = "all"
     value: Word = ""
     reason: Reason
+    incident: Word | None = None
     lift: bool = False
 
 

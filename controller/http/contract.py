@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 
 from controller.http import answers, problems
@@ -16,6 +16,8 @@ from controller.http import answers, problems
 OPEN = frozenset({"/livez", "/readyz", "/api/v1/devices:enrol", "/webhooks/git"})
 _REF = "#/components/schemas/Problem"
 _SAID: dict[int, str] = {
+    204: "There is none yet",
+    206: "The part that Range asked for",
     400: "The request cannot be read, or asks for what is in no name",
     401: "Nobody we know",
     403: "Known, and may not",
@@ -24,6 +26,7 @@ _SAID: dict[int, str] = {
     412: "Stale: it has changed since it was seen",
     413: "Larger than this route takes",
     415: "Another content type is needed",
+    416: "Range is beyond the end",
     422: "Read, and not valid: `errors` says where",
     428: "If-Match is missing",
     429: "Too fast: Retry-After says how long to wait",
@@ -36,6 +39,18 @@ _VERBS = ("rollback", "hold", "pause", "lift", "resume", "promote")
 def says(model: type[answers.Answer], status: int = 200) -> dict[str, Any]:
     """How a route declares its answer: told in the document, not checked at run time."""
     return {"response_model": None, "responses": {status: {"model": model}}}
+
+
+def raw(kind: str, *others: int) -> dict[str, Any]:
+    """A route that answers bytes of this content type; `others`: further statuses without JSON."""
+    shown: dict[int | str, Any] = {
+        200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}}}}
+    }
+    if kind == "application/json":
+        shown[200] = {"content": {kind: {"schema": {"type": "object"}}}}
+    for code in others:
+        shown[code] = {"description": _SAID[code]}
+    return {"response_model": None, "response_class": Response, "responses": shown}
 
 
 def install(app: FastAPI) -> None:
@@ -52,7 +67,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
         title="Bellwether",
         version="1",
         description="GitOps releases for fleets of devices. Times are UTC RFC 3339; lists are "
-        "paged by opaque cursors; refusals are RFC 9457 problems; verbs on rollouts need `If-Match`.",
+        "paged by opaque cursors; refusals are RFC 9457 problems; verbs need `If-Match`.",
         routes=app.routes,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )

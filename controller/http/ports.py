@@ -37,12 +37,13 @@ class Deps:
     poke: Callable[[], None] | None = None  # none: the loop of this state directory
 
 
-def _deps(request: Request) -> Deps:
+# `async`: a dependency that is not would wait for a free thread, and a stop must not wait for one.
+async def _deps(request: Request) -> Deps:
     deps: Deps = request.app.state.deps
     return deps
 
 
-def _book(request: Request) -> DeviceBook:
+async def _book(request: Request) -> DeviceBook:
     book: DeviceBook = request.app.state.book
     return book
 

@@ -25,7 +25,8 @@ Viewer = Annotated[Principal, Depends(needs(Right.VIEW))]
 Auditor = Annotated[Principal, Depends(needs(Right.AUDIT))]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Items of one page")]
 Cursor = Annotated[str | None, Query(max_length=512, description="`next` of the page before")]
-Filter = Annotated[str, Query(max_length=128)]
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+Filter = Annotated[str, Query(max_length=128, pattern=PRINTABLE)]
 Label = Annotated[
     list[str],
     Query(max_length=16, description="KEY=VALUE; several must all match", examples=["region=eu"]),

@@ -23,6 +23,7 @@ from starlette.concurrency import run_in_threadpool
 
 from controller import audit, wake
 from controller.artifacts import Unfit
+from controller.http import answers
 from controller.http.access import (
     Principal,
     Right,
@@ -31,6 +32,7 @@ from controller.http.access import (
     needs,
 )
 from controller.http.bodies import Id
+from controller.http.contract import raw, says
 from controller.http.events import Events, stream
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
@@ -51,7 +53,7 @@ EVENTS_LAST = 60.0  # seconds; then the client comes again with Last-Event-ID
 EVENTS_BEAT = 10.0  # seconds of silence before a sign of life
 
 
-@api.get("/devices/{device}/desired")
+@api.get("/devices/{device}/desired", **raw("application/json", 204))
 def desired_state(device: str, deps: Given, caller: Caller) -> Response:
     """The signed order as it was published; 204 when there is none."""
     if caller is not None and caller != device:
@@ -67,7 +69,7 @@ def desired_state(device: str, deps: Given, caller: Caller) -> Response:
 
 
 @api.get("/artifacts/{digest}", include_in_schema=False)
-@router.get("/artifacts/{digest}")
+@router.get("/artifacts/{digest}", **raw("application/octet-stream", 206, 416))
 def artifact(digest: str, deps: Given, caller: Caller) -> Response:
     """The bytes of an artifact; Range and If-Range with the digest as ETag."""
     if not DIGEST.fullmatch(digest):
@@ -86,7 +88,20 @@ def artifact(digest: str, deps: Given, caller: Caller) -> Response:
     )
 
 
-@api.post("/releases:publish", status_code=201)
+@api.post(
+    "/releases:publish",
+    status_code=201,
+    **says(answers.Published, 201),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "description": "The artifact's bytes",
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
+            },
+        }
+    },
+)
 async def publish(
     request: Request,
     deps: Given,
@@ -153,7 +168,7 @@ def _store(
     return {"digest": digest, "size": size, "document": document}
 
 
-@router.post("/webhooks/git", status_code=202)
+@router.post("/webhooks/git", status_code=202, **says(answers.State, 202))
 async def git_webhook(request: Request, deps: Given) -> dict[str, str]:
     """The Git host says that there is something new: look now. Nothing of the body is believed."""
     file = deps.settings.webhook_secret_file
@@ -203,12 +218,12 @@ async def events(
         yield ServerSentEvent(id=str(row.seq), event=row.action, raw_data=row.text)
 
 
-@router.get("/livez")
+@router.get("/livez", **says(answers.State))
 def alive() -> dict[str, str]:
     return {"state": "alive"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", **says(answers.State))
 def ready(deps: Given) -> dict[str, str]:
     """Both stores answer. A broker or a Git that is away does not make us unready."""
     try:
@@ -220,7 +235,7 @@ def ready(deps: Given) -> dict[str, str]:
     return {"state": "ready"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", **raw("text/plain"))
 def prometheus(request: Request, deps: Given, who: Viewer) -> Response:
     with reading(deps.engine) as conn:
         for state, count in conn.execute(

@@ -7,14 +7,25 @@ is the loop's business.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
 
 from controller import commands, wake
 from controller.devices import NewDevice
-from controller.http import bodies
-from controller.http.access import Principal, Right, must, must_everywhere, needs
+from controller.http import answers, bodies
+from controller.http.access import (
+    Principal,
+    Right,
+    must,
+    must_everywhere,
+    needs,
+    needs_at_once,
+)
+from controller.http.contract import says
+from controller.http.lanes import Lanes
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
 from controller.http.reads import find
@@ -24,86 +35,113 @@ from controller.store import views
 from telemetry.store.database import reading
 
 router = APIRouter(prefix="/api/v1")
-Stopper = Annotated[Principal, Depends(needs(Right.STOP))]
+Stopper = Annotated[Principal, Depends(needs_at_once(Right.STOP))]
 Starter = Annotated[Principal, Depends(needs(Right.START))]
 Registrar = Annotated[Principal, Depends(needs(Right.DEVICES))]
 Plain = dict[str, Any]
 DryRun = Annotated[bool, Query(alias="dryRun")]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What every verb on a rollout is asked with."""
+
+    rollout: str
+    deps: Deps
+    request: Request
+    dry: bool
+
+
+async def asked(rollout: str, deps: Given, request: Request, dry: DryRun = False) -> Ask:
+    return Ask(rollout, deps, request, dry)
+
+
+Asked = Annotated[Ask, Depends(asked)]
+
+
+def does(status: int) -> dict[str, Any]:
+    """How a verb is declared: what it records, and what a dry run shows."""
+    shown = {200: {"model": answers.Preview, "description": "With `dryRun`: what it would reach"}}
+    told = says(answers.Recorded, status)
+    return {"status_code": status, **told, "responses": {**told["responses"], **shown}}
+
+
 STOPS = frozenset({"rollback", "hold", "pause"})
 _ETAG = re.compile(r'(?:W/)?"(\d{1,15})"')
 
 
-@router.post("/rollouts/{rollout}:rollback", status_code=202)
-def rollback(
-    rollout: str, body: bodies.Verb, deps: Given, who: Stopper, request: Request,
-    response: Response, dry: DryRun = False,
-) -> Plain:  # fmt: skip
-    return _verb("rollback", rollout, body, deps, who, request, response, dry)
+@router.post("/rollouts/{rollout}:rollback", **does(202))
+async def rollback(ask: Asked, body: bodies.Verb, who: Stopper) -> Response:
+    """Take devices back to what each ran before, and reject the digest. It never waits."""
+    return await _stopping("rollback", ask, body, who)
 
 
-@router.post("/rollouts/{rollout}:hold", status_code=202)
-def hold(
-    rollout: str, body: bodies.Verb, deps: Given, who: Stopper, request: Request,
-    response: Response, dry: DryRun = False,
-) -> Plain:  # fmt: skip
-    return _verb("hold", rollout, body, deps, who, request, response, dry)
+@router.post("/rollouts/{rollout}:hold", **does(202))
+async def hold(ask: Asked, body: bodies.Verb, who: Stopper) -> Response:
+    """Reject the digest; devices stay as they are."""
+    return await _stopping("hold", ask, body, who)
 
 
-@router.post("/rollouts/{rollout}:pause", status_code=202)
-def pause(
-    rollout: str, body: bodies.Verb, deps: Given, who: Stopper, request: Request,
-    response: Response, dry: DryRun = False,
-) -> Plain:  # fmt: skip
-    return _verb("pause", rollout, body, deps, who, request, response, dry)
+@router.post("/rollouts/{rollout}:pause", **does(202))
+async def pause(ask: Asked, body: bodies.Verb, who: Stopper) -> Response:
+    """Tell nobody else until `resume`."""
+    return await _stopping("pause", ask, body, who)
 
 
-@router.post("/rollouts/{rollout}:lift", status_code=202)
-def lift(
-    rollout: str, body: bodies.Verb, deps: Given, who: Starter, request: Request,
-    response: Response, dry: DryRun = False,
-) -> Plain:  # fmt: skip
-    return _verb("lift", rollout, body, deps, who, request, response, dry)
+@router.post("/rollouts/{rollout}:lift", **does(202))
+def lift(ask: Asked, body: bodies.Verb, who: Starter) -> Response:
+    """End the holds of this rollout's digest: it may be tried again."""
+    return _verb("lift", ask, body, who)
 
 
-@router.post("/rollouts/{rollout}:resume", status_code=202)
-def resume(
-    rollout: str, body: bodies.Verb, deps: Given, who: Starter, request: Request,
-    response: Response, dry: DryRun = False,
-) -> Plain:  # fmt: skip
-    return _verb("resume", rollout, body, deps, who, request, response, dry)
+@router.post("/rollouts/{rollout}:resume", **does(202))
+def resume(ask: Asked, body: bodies.Verb, who: Starter) -> Response:
+    """Go on with a paused or inconclusive rollout."""
+    return _verb("resume", ask, body, who)
 
 
-@router.post("/rollouts/{rollout}:promote", status_code=202)
-def promote(
-    rollout: str, body: bodies.Verb, deps: Given, who: Starter, request: Request,
-    response: Response, dry: DryRun = False,
-) -> Plain:  # fmt: skip
-    return _verb("promote", rollout, body, deps, who, request, response, dry)
+@router.post("/rollouts/{rollout}:promote", **does(202))
+def promote(ask: Asked, body: bodies.Verb, who: Starter) -> Response:
+    """Pass the pause or the soak of the current step."""
+    return _verb("promote", ask, body, who)
 
 
-@router.post("/stop", status_code=202)
-def stop(body: bodies.Stop, deps: Given, who: Stopper) -> Plain:
-    """No new activation anywhere in scope. Ending a stop (`lift`) is starting: it needs more."""
+@router.post("/stop", **does(202))
+async def stop(
+    body: bodies.Stop, deps: Given, who: Stopper, request: Request, dry: DryRun = False
+) -> Response:  # fmt: skip
+    """No new activation anywhere in scope, in any fleet; needs no preview and no If-Match.
+
+    Ending a stop (`lift`) is starting: it needs more.
+    """
+    lanes: Lanes = request.app.state.lanes
+    return await lanes.stopping(_stop, body, deps, who, dry)
+
+
+def _stop(body: bodies.Stop, deps: Deps, who: Principal, dry: bool) -> Response:
     right = Right.START if body.lift else Right.STOP
     if not who.may(right):
         raise Problem(403, f"{who.name} ({who.roles}) may stop, but not end a stop")
     must_everywhere(who, right, "a stop reaches all of them")
+    given = {"scope": body.scope, "value": body.value, **({"lift": True} if body.lift else {})}
+    if dry:
+        return JSONResponse(commands.preview_stop(deps.engine, given))
     recorded = commands.record(
         deps.engine,
         kind="stop",
         rollout=None,
-        body={"scope": body.scope, "value": body.value, **({"lift": True} if body.lift else {})},
+        body=given,
         actor=who.name,
         reason=body.reason,
-        incident=None,
+        incident=body.incident,
         if_revision=None,
         now=deps.clock(),
     )
     _poke(deps)
-    return _recorded(recorded)
+    return JSONResponse(_recorded(recorded), 202)
 
 
-@router.post("/devices", status_code=201)
+@router.post("/devices", status_code=201, **says(answers.Registered, 201))
 def register(
     body: Annotated[bodies.Device | list[bodies.Device], Body()], deps: Given, who: Registrar
 ) -> Plain:
@@ -129,7 +167,7 @@ def register(
     }
 
 
-@router.post("/devices:enrol")
+@router.post("/devices:enrol", **says(answers.Enrolled))
 def enrol(body: bodies.Claim, deps: Given) -> Plain:
     """A device claims its place with its one-time token; the token is all it needs."""
     claim = deps.registry.claim(body.token, now=deps.clock())
@@ -147,7 +185,7 @@ def enrol(body: bodies.Claim, deps: Given) -> Plain:
     }
 
 
-@router.post("/devices/{device}:move")
+@router.post("/devices/{device}:move", **says(answers.DeviceChanged))
 def move(device: str, body: bodies.Move, deps: Given, who: Registrar) -> Plain:
     _own_device(deps, who, device)
     _own_fleet(who, body.fleet)
@@ -162,21 +200,21 @@ def move(device: str, body: bodies.Move, deps: Given, who: Registrar) -> Plain:
     return _changed(deps, device)
 
 
-@router.post("/devices/{device}:retire")
+@router.post("/devices/{device}:retire", **says(answers.DeviceChanged))
 def retire(device: str, body: bodies.Why, deps: Given, who: Registrar) -> Plain:
     _own_device(deps, who, device)
     deps.registry.retire(device, actor=who.name, reason=body.reason, now=deps.clock())
     return _changed(deps, device)
 
 
-@router.post("/devices/{device}:quarantine")
+@router.post("/devices/{device}:quarantine", **says(answers.DeviceChanged))
 def quarantine(device: str, body: bodies.Why, deps: Given, who: Registrar) -> Plain:
     _own_device(deps, who, device)
     deps.registry.quarantine(device, actor=who.name, reason=body.reason, now=deps.clock())
     return _changed(deps, device)
 
 
-@router.post("/devices/{device}:replace")
+@router.post("/devices/{device}:replace", **says(answers.DeviceChanged))
 def replace(device: str, body: bodies.Why, deps: Given, who: Registrar) -> Plain:
     _own_device(deps, who, device)
     issued = deps.registry.replace(device, actor=who.name, reason=body.reason, now=deps.clock())
@@ -187,23 +225,20 @@ def replace(device: str, body: bodies.Why, deps: Given, who: Registrar) -> Plain
     }
 
 
-def _verb(
-    kind: str,
-    rollout: str,
-    body: bodies.Verb,
-    deps: Deps,
-    who: Principal,
-    request: Request,
-    response: Response,
-    dry: bool,
-) -> Plain:
+async def _stopping(kind: str, ask: Ask, body: bodies.Verb, who: Principal) -> Response:
+    lanes: Lanes = ask.request.app.state.lanes
+    return await lanes.stopping(_verb, kind, ask, body, who)
+
+
+def _verb(kind: str, ask: Ask, body: bodies.Verb, who: Principal) -> Response:
+    """The one way of every verb: find, may, seen?, preview or record, wake the loop."""
+    deps = ask.deps
     with reading(deps.engine) as conn:
-        row = find(conn, rollout, who)
+        row = find(conn, ask.rollout, who)
     must(who, Right.STOP if kind in STOPS else Right.START, row.fleet)
-    if dry:
-        response.status_code = 200
-        response.headers["ETag"] = f'"{row.revision}"'
-        return commands.preview(deps.engine, kind=kind, rollout=row.id)
+    if ask.dry:
+        shown = commands.preview(deps.engine, kind=kind, rollout=row.id)
+        return JSONResponse(shown, headers={"ETag": f'"{row.revision}"'})
     recorded = commands.record(
         deps.engine,
         kind=kind,
@@ -212,18 +247,18 @@ def _verb(
         actor=who.name,
         reason=body.reason,
         incident=body.incident,
-        if_revision=_seen_revision(request, body, row.revision),
+        if_revision=_seen_revision(ask.request, body, row.revision),
         now=deps.clock(),
     )
     _poke(deps)
-    response.headers["ETag"] = f'"{recorded.revision}"'
-    return {**_recorded(recorded), "rollout": row.id}
+    answer = {**_recorded(recorded), "rollout": row.id}
+    return JSONResponse(answer, 202, {"ETag": f'"{recorded.revision}"'})
 
 
 def _seen_revision(request: Request, body: bodies.Verb, current: int) -> int | None:
     """The revision that the person has seen; None when any will do (`If-Match: *`)."""
     header = request.headers.get("if-match")
-    if header is None:
+    if header is None or not header.strip():
         if body.if_revision is None:
             raise Problem(
                 428,

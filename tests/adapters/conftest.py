@@ -23,6 +23,7 @@ from controller.store.database import open_control
 from controller.store.tables import rollouts
 from controller.tokens import Role
 from telemetry.store.database import open_engine, writing
+from telemetry.store.fold import Batch, Heard
 from telemetry.store.reports import Store
 from telemetry.store.tables import create_schema
 
@@ -64,6 +65,15 @@ class House:
             self.deps.engine, name=f"t-{role}", role=role, fleets=fleets, actor="test", now=NOW
         )
         return {"Authorization": f"Bearer {made.token}"}
+
+    def hear(self, device: str, message: Any) -> None:
+        """A message of a device, as the ingest writes it."""
+        self.store.write(Batch(messages=[Heard(device, message)]), NOW)
+
+    @property
+    def store(self) -> Store:
+        assert isinstance(self.deps.reader, Store)
+        return self.deps.reader
 
     def add_rollout(self, name: str = "cars", state: str = "Soaking", **values: Any) -> str:
         """A rollout that waits in its first step; answers its id."""

@@ -1,0 +1,73 @@
+"""The API keeps what its OpenAPI document promises, whatever is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import Case
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from controller.http import services
+from controller.roles import Role
+
+if TYPE_CHECKING:
+    from conftest import House
+
+
+# A cursor or a condition can fit its schema and still be none of ours: 400 and 422 are documented.
+OFTEN = settings(
+    max_examples=8,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def operations(house: House, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Every operation of a service with a device, a rollout and no limit of rate."""
+    monkeypatch.setattr(services, "EVENTS_LAST", 0.01)
+    house.add_rollout()
+    house.enrol()
+    client = house.with_settings(auth="required", rate_limit=0.0)
+    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", client.app)
+    for found in schema.get_all_operations():
+        yield found.ok()
+
+
+def test_no_server_error_and_no_undocumented_answer(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, wrong, tried = house.token(Role.ADMIN), [], 0
+    for operation in operations(house, monkeypatch):
+        tried += 1
+
+        @given(case=operation.as_strategy())
+        @OFTEN
+        def ask(case: Case) -> None:
+            case.call_and_validate(
+                headers={**headers, **(case.headers or {})},
+                excluded_checks=[positive_data_acceptance],
+            )
+
+        try:
+            ask()
+        except (AssertionError, BaseExceptionGroup) as error:
+            wrong.append(f"{operation.label}: {error}")
+    assert tried > 25
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_every_operation_documents_its_refusals(house: House) -> None:
+    document = house.client.get("/api/v1/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            assert operation.get("summary"), (method, path)
+            assert {"400", "429", "500", "503"} <= set(operation["responses"]), (method, path)
+            if "{" in path:
+                assert "404" in operation["responses"], (method, path)
