@@ -44,6 +44,7 @@ def needs(right: Right) -> Callable[[Request], Principal]:
         return principal
 
     check.__name__ = f"needs_{right}"
+    check.right = right  # type: ignore[attr-defined]  # the OpenAPI document tells it
     return check
 
 
@@ -56,6 +57,7 @@ def needs_at_once(right: Right) -> Callable[[Request], Awaitable[Principal]]:
         return await lanes.stopping(check, request)
 
     checked.__name__ = f"needs_{right}_at_once"
+    checked.right = right  # type: ignore[attr-defined]
     return checked
 
 
@@ -139,6 +141,9 @@ def device_or_viewer(request: Request) -> str | None:
     if not request.app.state.deps.registry.password_matches(device, password):
         raise unauthorized("unknown device, or wrong password", "Basic")
     return device
+
+
+device_or_viewer.right = Right.VIEW  # type: ignore[attr-defined]
 
 
 def _authorization(request: Request) -> tuple[str, str]:

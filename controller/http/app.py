@@ -52,7 +52,7 @@ def create_app(deps: Deps) -> FastAPI:
     )  # fmt: skip
     for router in routers:
         app.include_router(router)
-    contract.install(app)
+    contract.install(app, routers)
     app.add_middleware(Guard)
     return app
 

@@ -6,10 +6,13 @@ method, its parameters and who may use it. A test asks every route for more than
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 
 from controller.http import answers, problems
 
@@ -53,16 +56,18 @@ def raw(kind: str, *others: int) -> dict[str, Any]:
     return {"response_model": None, "response_class": Response, "responses": shown}
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
+    rights = _rights(routers)
+
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, rights)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, rights: Mapping[tuple[str, str], str]) -> dict[str, Any]:
     found = get_openapi(
         title="Bellwether",
         version="1",
@@ -88,7 +93,28 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for method, operation in item.items():
             _answers(path, method, operation)
             operation["security"] = _security(path)
+            if right := rights.get((method, path)):
+                operation["x-right"] = right
     return found
+
+
+def _rights(routers: Iterable[APIRouter]) -> dict[tuple[str, str], str]:
+    """(method, path) → the right that the route's dependencies ask for."""
+    found = {}
+    for route in (route for router in routers for route in router.routes):
+        if isinstance(route, APIRoute):
+            for right in _asked(route.dependant):
+                for method in route.methods or ():
+                    found[method.lower(), route.path] = right
+    return found
+
+
+def _asked(dependant: Dependant) -> Iterator[str]:
+    right = getattr(dependant.call, "right", None)
+    if right is not None:
+        yield str(right)
+    for inner in dependant.dependencies:
+        yield from _asked(inner)
 
 
 def _security(path: str) -> list[dict[str, list[str]]]:

@@ -169,47 +169,6 @@ def test_a_stop_needs_a_reason_only(house: House) -> None:
 
 # -- who may --------------------------------------------------------------------------------------
 
-OPEN = {("get", "/livez"), ("get", "/readyz"), ("post", "/api/v1/devices:enrol"),
-        ("post", "/webhooks/git")}  # fmt: skip
-DEVICE = {("get", "/api/v1/devices/{device}/desired"), ("get", "/artifacts/{digest}")}
-STOPS = {f"/api/v1/rollouts/{{rollout}}:{verb}" for verb in ("rollback", "hold", "pause")}
-STARTS = {f"/api/v1/rollouts/{{rollout}}:{verb}" for verb in ("lift", "resume", "promote")}
-
-
-def _allowed(method: str, path: str, role: Role) -> bool:
-    if role is Role.ADMIN:
-        return True
-    if path == "/api/v1/audit":
-        return role is Role.AUDITOR
-    if method == "get":
-        return True
-    if path in STOPS or path == "/api/v1/stop":
-        return role in (Role.ON_CALL, Role.RELEASE_MANAGER)
-    if path in STARTS or path == "/api/v1/releases:publish":
-        return role is Role.RELEASE_MANAGER
-    return False
-
-
-def test_every_route_asks_every_role(house: House) -> None:
-    client = house.with_settings(auth="required")
-    document = client.get("/api/v1/openapi.json").json()
-    routes = [(m, p) for p, item in document["paths"].items() for m in item]
-    assert len(routes) > 25
-    for role in Role:
-        headers = {**house.token(role), "If-Match": "*"}
-        for method, path in routes:
-            if (method, path) in OPEN or path == "/api/v1/events":
-                continue
-            url = path.format(fleet="x", device="x", rollout="x", decision="x", digest="x")
-            kind = {"json": {}} if method == "post" else {}
-            if path.endswith(":publish"):
-                url += "?component=a&version=1"
-            code = client.request(method, url, headers=headers, **kind).status_code
-            assert (code != 403) == _allowed(method, path, role), (role, method, path, code)
-            assert code != 500, (role, method, path)
-            bare = client.request(method, url, **kind).status_code
-            assert bare == 401, (method, path, bare)
-
 
 def test_a_wrong_token_is_refused_even_on_loopback(house: House) -> None:
     bad = house.client.get("/api/v1/rollouts", headers={"Authorization": "Bearer bwt_nope"})
