@@ -12,9 +12,11 @@ from sqlalchemy import Connection, Row, Select, func, select
 
 from controller.store.tables import (
     audit,
+    commands,
     decisions,
     desired,
     devices,
+    holds,
     members,
     proven,
     releases,
@@ -49,6 +51,22 @@ def in_states(conn: Connection, states: Sequence[str], fleets: frozenset[str], l
     if fleets:
         query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
     return conn.execute(query.order_by(rollouts.c.id.desc()).limit(limit)).all()
+
+
+def list_rollouts(
+    conn: Connection, *, before: str, limit: int, fleets: frozenset[str], fleet: str, state: str
+) -> Rows:
+    """Newest first; `before` is the id where the page before ended."""
+    query = select(rollouts).order_by(rollouts.c.id.desc()).limit(limit)
+    if before:
+        query = query.where(rollouts.c.id < before)
+    if fleets:
+        query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
+    if fleet:
+        query = query.where(rollouts.c.fleet == fleet)
+    if state:
+        query = query.where(rollouts.c.state == state)
+    return conn.execute(query).all()
 
 
 def of_release(conn: Connection, release: str, limit: int) -> Rows:
@@ -118,14 +136,23 @@ def list_decisions(conn: Connection, *, before: str, limit: int, fleets: frozens
     return conn.execute(query).all()
 
 
-def open_members(conn: Connection, rollout: str, limit: int) -> list[str]:
-    """Devices of the exposed arm that a verb finds unfinished or told."""
+def told_members(conn: Connection, rollout: str, limit: int) -> list[str]:
+    """Devices that were told the release, and have not left or gone back."""
     query = select(members.c.device).where(
         members.c.rollout == rollout,
         members.c.arm != "control",
         members.c.state.in_(("told", "updated", "failed", "silent")),
     )
     return [row.device for row in conn.execute(query.limit(limit))]
+
+
+def waiting_commands(conn: Connection, rollout: str) -> list[Plain]:
+    """What people asked of a rollout and the loop has not done yet, oldest first."""
+    query = select(commands).where(commands.c.state == "recorded", commands.c.rollout == rollout)
+    return [
+        {"kind": row.kind, "actor": row.actor, "reason": row.reason, "at": when(row.at)}
+        for row in conn.execute(query.order_by(commands.c.id))
+    ]
 
 
 # -- devices --------------------------------------------------------------------------------------
@@ -220,6 +247,32 @@ def newest_releases(conn: Connection, *, before: tuple[float, str] | None, limit
 
 def find_release(conn: Connection, name: str) -> Row[Any] | None:
     return conn.execute(select(releases).where(releases.c.name == name)).first()
+
+
+def held_digests(conn: Connection) -> frozenset[str]:
+    """Release digests that a hold in force rejects."""
+    return frozenset(
+        conn.execute(select(holds.c.digest).where(holds.c.lifted_at.is_(None))).scalars()
+    )
+
+
+def holds_of_digest(conn: Connection, digest: str) -> list[Plain]:
+    """Every hold on a release digest, newest first."""
+    query = select(holds).where(holds.c.digest == digest).order_by(holds.c.id.desc())
+    return [
+        {
+            "id": row.id,
+            "fleet": row.fleet,
+            "reason": row.reason,
+            "actor": row.actor,
+            "incident": row.incident,
+            "createdAt": when(row.created_at),
+            "liftedAt": when(row.lifted_at),
+            "liftedBy": row.lifted_by,
+            "liftReason": row.lift_reason,
+        }
+        for row in conn.execute(query)
+    ]
 
 
 def newest_audit(

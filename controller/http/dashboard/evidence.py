@@ -15,6 +15,7 @@ from controller.http.dashboard.figures import number, percent
 from controller.http.dashboard.signs import Sign, Tone, sign
 
 Plain = Mapping[str, Any]
+_RANK = {"events": 0, "share": 1, "levels": 2, "outcome": 3, "lost": 4, "silence": 5}
 _WIDTH = 100.0  # of a drawn band, in its own units
 
 
@@ -32,6 +33,7 @@ class Drawn:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guardrail:
     name: str
+    kind: str
     what: str  # what the estimate is
     estimate: str
     band: str
@@ -90,6 +92,7 @@ def _guardrail(
     harm, safe = _number(one.get("harm")), _number(one.get("safe"))
     return Guardrail(
         name=name.replace("_", " "),
+        kind=kind,
         what=_what(kind),
         estimate=write(estimate),
         band="—" if low is None else f"{write(low)} – {write(high)}",

@@ -7,14 +7,14 @@ from typing import Any
 from fastapi import FastAPI
 from sqlalchemy import func, select
 
-from controller.http.dashboard import refusals, routes
+from controller.http.dashboard import acts, lists, records, refusals, routes
 from controller.http.dashboard.census import Census
 from controller.http.dashboard.live import Live
 from controller.http.ports import Deps
 from controller.store.tables import audit, devices, rollouts
 from telemetry.store.database import reading
 
-routers = (routes.router,)
+routers = (lists.router, routes.router, records.router, acts.router)
 
 
 def install(app: FastAPI, deps: Deps) -> None:

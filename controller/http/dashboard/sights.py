@@ -73,8 +73,8 @@ def _overview(eyes: Eyes, _: str) -> Plain:
     }
     newest = lookups.newest_of_fleets(conn, seen)
     moving = lookups.in_states(conn, sorted(overview.MOVING), seen, 50)
-    told = {row.id: one for row, one in zip(moving, _told(conn, moving), strict=True)}
-    by_fleet = {row.fleet: one for row, one in zip(newest, _told(conn, newest), strict=True)}
+    told = {row.id: one for row, one in zip(moving, told_of(conn, moving), strict=True)}
+    by_fleet = {row.fleet: one for row, one in zip(newest, told_of(conn, newest), strict=True)}
     proven, git = lookups.proven_of(conn), views.git(conn)
     labels = {row.fleet: row.pinned.get("fleet", {}).get("labels", {}) for row in newest}
     cards = [
@@ -90,20 +90,20 @@ def _overview(eyes: Eyes, _: str) -> Plain:
         "devices": sum(card.total for card in cards),
         "online": sum(card.online for card in cards),
         "asks": asks,
-        "moving": _rows(told.values()),
+        "moving": rows_of(told.values()),
         "orders": lookups.orders_pending(conn),
         "git": git,
-        "decisions": _decided(conn, seen, 8),
+        "decisions": decided(conn, seen, 8),
     }
 
 
-def _told(conn: Connection, rows: Sequence[Row[Any]]) -> list[Plain]:
+def told_of(conn: Connection, rows: Sequence[Row[Any]]) -> list[Plain]:
     """Rollouts as the API tells them, with their counts and no holds."""
     counts = views.count_members(conn, [row.id for row in rows])
     return [views.rollout(row, counts[row.id], ()) for row in rows]
 
 
-def _rows(told: Any) -> list[Plain]:
+def rows_of(told: Any) -> list[Plain]:
     return [
         {
             "told": one,
@@ -121,7 +121,7 @@ def _paging(conn: Connection, ids: Sequence[str]) -> frozenset[str]:
     return frozenset(name for name, row in found.items() if row.numbers.get("page"))
 
 
-def _decided(conn: Connection, seen: frozenset[str], limit: int, before: str = "") -> list[Plain]:
+def decided(conn: Connection, seen: frozenset[str], limit: int, before: str = "") -> list[Plain]:
     return [
         {
             "id": row.id,
@@ -161,6 +161,7 @@ def _rollout(eyes: Eyes, name: str) -> Plain:
         "sign": of_rollout(row.state),
         "steps": rollout_page.steps(one, fixes, eyes.book.cohort_sizes(row.fleet)),
         "verbs": rollout_page.verbs(one, eyes.who, active),
+        "waiting": lookups.waiting_commands(conn, row.id),
         "fixes": fixes,
         "after": sorted(_owners(conn, before)),
         "total": member_tally(one["members"]["devices"]),
@@ -204,7 +205,7 @@ def _device(eyes: Eyes, name: str) -> Plain:
         raise Problem(404, f"device {name[:80]!r}: unknown")
     told = eyes.book.describe(conn, [row])[0]
     newest_row = lookups.newest_of_fleet(conn, row.fleet)
-    newest = None if newest_row is None else _told(conn, [newest_row])[0]
+    newest = None if newest_row is None else told_of(conn, [newest_row])[0]
     fixes = None if newest_row is None else newest_row.pinned.get("fixes")
     holds = [] if newest is None else views.holds_of(conn, [newest["name"]])[newest["name"]]
     checks = device_page.why_not(told, newest, fixes, holds, views.active_stops(conn))
@@ -227,7 +228,7 @@ def _device(eyes: Eyes, name: str) -> Plain:
 def _oncall(eyes: Eyes, _: str) -> Plain:
     conn, seen = eyes.conn, eyes.who.fleets
     moving = lookups.in_states(conn, sorted(overview.MOVING), seen, 20)
-    told = _told(conn, moving)
+    told = told_of(conn, moving)
     paging, git = _paging(conn, [row.id for row in moving]), views.git(conn)
     urgent = [
         {
@@ -235,14 +236,14 @@ def _oncall(eyes: Eyes, _: str) -> Plain:
             "verbs": rollout_page.verbs(row["told"], eyes.who, held=False),
             "asks": row["told"]["id"] in paging or row["told"]["state"] in overview.ASKS,
         }
-        for row in _rows(told)
+        for row in rows_of(told)
     ]
     urgent.sort(key=lambda row: (not row["asks"], row["told"]["state"] != "RollingBack"))
     return {
         "rollouts": urgent,
         "git": git,
         "git_asks": [ask for ask in overview.asks([], frozenset(), git)],
-        "decisions": _decided(conn, seen, 20),
+        "decisions": decided(conn, seen, 20),
         "title": "On call",
     }
 

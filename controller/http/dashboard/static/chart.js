@@ -69,7 +69,7 @@
       scales: { x: { time: true }, y: { distr: ratio ? 3 : 1 } },
       cursor: { drag: { x: false, y: false } },
       bands: [{ series: [3, 2], fill: faint(band) }],
-      axes: [{ ...axis, values: (_, ticks) => ticks.map(moment) }, { ...axis, size: 56 }],
+      axes: [{ ...axis, space: 90, values: (_, ticks) => ticks.map(moment) }, { ...axis, size: 56 }],
       series: [
         { label: "UTC", value: (_, ts) => (ts === null ? "–" : moment(ts)) },
         { label: "estimate", stroke: line, width: 2, points: { show: true, size: 5 } },

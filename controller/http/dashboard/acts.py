@@ -1,0 +1,211 @@
+"""The forms: dialogs that show what a verb would reach, and the posts that record it.
+
+One code path with the API and the command line: `controller.commands`. Rules:
+
+1. A dialog carries the revision that its numbers belong to. When the rollout has moved since, the
+   answer is 412 and the dialog again, with new numbers and what was typed.
+2. A refusal (409, 422) is the dialog again with the sentence; nothing was recorded.
+3. Above a thousand devices the fleet's name is typed: a number is easily overlooked, a name is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import RedirectResponse
+from pydantic import ValidationError
+
+from controller import commands, wake
+from controller.http import bodies
+from controller.http.access import must, must_everywhere
+from controller.http.dashboard import blast, rendering
+from controller.http.dashboard.rollout import VERBS
+from controller.http.dashboard.routes import Page, Scene
+from controller.http.dashboard.sights import Eyes, found_rollout
+from controller.http.problems import Problem
+from controller.http.session import Submitted, submitted
+from controller.roles import Right
+from controller.rollout.model import ACTIVE
+from controller.store import lookups, views
+from telemetry.store.database import reading
+
+router = APIRouter(include_in_schema=False)
+Form = Annotated[Submitted, Depends(submitted)]
+_COUNTED = 20_000  # devices whose contact a dialog looks up
+
+
+@router.get("/rollouts/{rollout}/{verb}")
+def dialog(page: Page, rollout: str, verb: str) -> Response:
+    return _dialog(page, rollout, verb, {})
+
+
+@router.post("/rollouts/{rollout}/{verb}")
+def act(page: Page, rollout: str, verb: str, form: Form) -> Response:
+    page.who = form.who
+    try:
+        _record(page, rollout, verb, form.fields)
+    except commands.Refused as refused:
+        return _dialog(page, rollout, verb, form.fields, refused.code, refused.message)
+    return RedirectResponse(f"/rollouts/{rendering.segment(rollout)}", 303)
+
+
+@router.get("/stop")
+def stop_dialog(page: Page) -> Response:
+    return _stop_dialog(page, {})
+
+
+@router.post("/stop")
+def stop(page: Page, form: Form) -> Response:
+    page.who = form.who
+    try:
+        _record_stop(page, form.fields)
+    except commands.Refused as refused:
+        return _stop_dialog(page, form.fields, refused.code, refused.message)
+    return RedirectResponse("/oncall", 303)
+
+
+# -- a rollout's verbs ----------------------------------------------------------------------------
+
+
+def _dialog(
+    page: Scene, rollout: str, verb: str, typed: Mapping[str, str], code: int = 200, why: str = ""
+) -> Response:
+    """The dialog, with fresh numbers; `why`: what was refused."""
+    _known(verb)
+    with reading(page.deps.engine) as conn:
+        row = found_rollout(Eyes(page.deps, page.book, page.census, page.who, conn), rollout)
+        must(page.who, VERBS[verb][1], row.fleet)
+        told = lookups.told_members(conn, row.id, _COUNTED) if verb == "rollback" else []
+        stops = views.active_stops(conn)
+    try:
+        plan = commands.preview(page.deps.engine, kind=verb, rollout=row.id)
+    except commands.Refused as refused:
+        plan, code, why = None, refused.code, refused.message
+    seen = page.book.seen()
+    away = sum(device not in seen or not seen[device].online for device in told)
+    shown = {
+        "stops": stops,
+        "one": {"id": row.id, "name": row.name, "release": row.release, "fleet": row.fleet},
+        "sentence": row.sentence,
+        "dialog": None if plan is None else blast.dialog(verb, plan, row.fleet, away),
+        "revision": row.revision if plan is None else plan["revision"],
+        "at": views.when(page.deps.clock()),
+        "why": why,
+        "stale": code == 412,
+        "typed": {name: typed.get(name, "") for name in ("reason", "incident", "name")},
+        "title": f"{VERBS[verb][0]}: {row.name}",
+    }
+    return rendering.page(page.request, "dialog.html", page.who, shown, status=code)
+
+
+def _known(verb: str) -> None:
+    if verb not in VERBS:
+        raise Problem(404, f"{verb[:40]!r} is nothing that can be done with a rollout")
+
+
+def _record(page: Scene, rollout: str, verb: str, fields: Mapping[str, str]) -> None:
+    _known(verb)
+    with reading(page.deps.engine) as conn:
+        row = found_rollout(Eyes(page.deps, page.book, page.census, page.who, conn), rollout)
+    must(page.who, VERBS[verb][1], row.fleet)
+    body = _checked(bodies.Verb, {
+        "reason": _text(fields, "reason"),
+        "incident": _text(fields, "incident") or None,
+        "if_revision": _whole(fields.get("revision", "")),
+    })  # fmt: skip
+    _name_typed(page, row.id, row.fleet, verb, fields)
+    commands.record(
+        page.deps.engine,
+        kind=verb,
+        rollout=row.id,
+        body={},
+        actor=page.who.name,
+        reason=body.reason,
+        incident=body.incident,
+        if_revision=body.if_revision,
+        now=page.deps.clock(),
+    )
+    _poke(page)
+
+
+def _name_typed(
+    page: Scene, rollout: str, fleet: str, verb: str, fields: Mapping[str, str]
+) -> None:
+    if verb != "rollback":
+        return
+    plan = commands.preview(page.deps.engine, kind=verb, rollout=rollout)
+    if plan["devices"] > blast.TYPE_THE_NAME and _text(fields, "name") != fleet:
+        raise commands.Refused(422, f"type the fleet's name, {fleet}, to confirm so many devices")
+
+
+# -- stop -----------------------------------------------------------------------------------------
+
+
+def _stop_dialog(page: Scene, typed: Mapping[str, str], code: int = 200, why: str = "") -> Response:
+    must_everywhere(page.who, Right.STOP, "a stop reaches all of them")
+    with reading(page.deps.engine) as conn:
+        stops = views.active_stops(conn)
+        moving = lookups.in_states(conn, sorted(map(str, ACTIVE)), frozenset(), 100)
+    shown = {
+        "stops": stops,
+        "moving": [{"id": row.id, "name": row.name, "fleet": row.fleet} for row in moving],
+        "scopes": commands.SCOPES,
+        "may_end": page.who.may_everywhere(Right.START),
+        "why": why,
+        "typed": {name: typed.get(name, "") for name in ("scope", "value", "reason", "lift")},
+        "title": "Stop",
+    }
+    return rendering.page(page.request, "stop.html", page.who, shown, status=code)
+
+
+def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
+    ends = fields.get("lift") == "true"
+    must_everywhere(page.who, Right.START if ends else Right.STOP, "a stop reaches all of them")
+    body = _checked(bodies.Stop, {
+        "scope": fields.get("scope", ""),
+        "value": _text(fields, "value"),
+        "reason": _text(fields, "reason"),
+        "lift": ends,
+    })  # fmt: skip
+    commands.record(
+        page.deps.engine,
+        kind="stop",
+        rollout=None,
+        body={"scope": body.scope, "value": body.value, **({"lift": True} if ends else {})},
+        actor=page.who.name,
+        reason=body.reason,
+        incident=None,
+        if_revision=None,
+        now=page.deps.clock(),
+    )
+    _poke(page)
+
+
+def _checked(kind: Any, data: Mapping[str, Any]) -> Any:
+    """A body as the API takes it; raises Refused 422 with the first fault."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(str(part) for part in fault["loc"])
+        raise commands.Refused(422, f"{field}: {fault['msg']}") from None
+
+
+def _text(fields: Mapping[str, str], name: str) -> str:
+    # Browsers send line ends as CR LF, whatever was typed.
+    return fields.get(name, "").replace("\r\n", "\n").strip()
+
+
+def _whole(text: str) -> int:
+    if not (text.isdigit() and len(text) < 16):
+        raise commands.Refused(412, "the page does not say which revision it showed: look again")
+    return int(text)
+
+
+def _poke(page: Scene) -> None:
+    if page.deps.poke is not None:
+        page.deps.poke()
+    else:
+        wake.poke(page.deps.settings.state_dir)
