@@ -27,12 +27,12 @@ from pydantic import BaseModel
 
 from controller.manifests.kinds import Hold, Release
 from controller.manifests.reader import Manifests, Problem
-from controller.rollout import drawing, gate, opening, schedule
+from controller.rollout import drawing, gate, holdout, opening, schedule
 from controller.rollout.desired import Catalog, in_range, satisfied
 from controller.rollout.model import ActiveHold, Arm, Device, Member, Rollout, RolloutState
 from controller.rollout.standing import patience, reachable
 from controller.rollout.waves import Pinned, Wave
-from controller.rollout.world import Change, Head, Notice, Open, Put, World
+from controller.rollout.world import Change, Decision, Head, Notice, Open, Put, World
 
 _ID = "plan"  # of the rollout that is not opened
 _MOST_NAMES = 5
@@ -419,20 +419,29 @@ def _draw(world: World, rollout: Rollout, pinned: Pinned, now: float) -> Iterato
         )
         actions = list(drawing.draw_step(copy, here, pinned, wave, now))
         new = [m for action in actions if isinstance(action, Put) for m in action.members]
-        sentences = [getattr(a, "sentence", "") for a in actions if not isinstance(a, Put)]
-        members = {**members, **{m.device: m for m in new}}
         exposed = tuple(m for m in new if m.arm is Arm.EXPOSED)
-        _, _, tail = (sentences[-1] if sentences else "").partition("as control")
-        nobody = tuple(s for s in sentences if s.startswith("NO MEMBERS"))[:1]
+        decision = next((a for a in actions if isinstance(a, Decision)), None)
+        inputs: Mapping[str, Any] = decision.inputs if decision else {}
+        nobody = decision is not None and decision.verdict == "NoMembers"
         yield _Drawn(
             wave=wave,
             exposed=exposed,
             control=tuple(m for m in new if m.arm is Arm.CONTROL),
             returning=tuple(m for m in new if m.arm is Arm.RETURNING),
             size=len(exposed),
-            warnings=tuple(w.strip() for w in tail.split(";") if w.strip()) or nobody,
-            empty=bool(nobody),
+            warnings=tuple(_warnings(inputs, decision.sentence if decision and nobody else "")),
+            empty=nobody,
         )
+
+
+def _warnings(inputs: Mapping[str, Any], nobody: str) -> Iterator[str]:
+    if nobody:
+        yield nobody
+    yield from inputs.get("warnings", ())
+    if inputs.get("held_out"):
+        yield f"{inputs['held_out']} held out until the benefit is measured"
+    if inputs.get("valid_from") is not None:
+        yield f"best first: what it shows is valid for scores ≥ {inputs['valid_from']:g}"
 
 
 def _steps(
@@ -554,6 +563,8 @@ def _why_not(world: World, rollout: Rollout, pinned: Pinned, device: Device, rea
         return "runs it already"
     if not drawing.may_take(world, rollout, pinned, device):
         return _stepping_stone(world, pinned.release, device)
+    if not reached and holdout.keeps_out(rollout, pinned, device.id, rollout.opened_at):
+        return "held out until the benefit is measured"
     if not reached:
         return "in no step: the steps end below 100 % of its cohort"
     row = world.seen.get(device.id)

@@ -187,7 +187,8 @@ def test_a_new_release_is_planned_step_by_step(fleet: Fleet) -> None:
     assert [step.soak for step in one.steps] == [86_400.0] * 4
     assert one.steps[1].waits_for == "`promote`"
     assert all(a.ends <= b.begins for a, b in zip(one.steps, one.steps[1:], strict=False))
-    assert one.steps[0].control > 0
+    assert one.steps[1].control > 0
+    assert "is left" in one.steps[0].warnings[0]  # every perfect score is exposed
     assert one.download == sum(step.devices for step in one.steps) * 734_003_200
     assert plan.changes
     assert not plan.errors
