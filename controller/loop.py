@@ -228,6 +228,7 @@ class Loop:
             devices=self._devices,
             seen=self._seen,
             hearing=self._hearing[0],
+            heard_at=self._hearing[1],
             deaf=self._deaf,
             rollouts=self._rollouts,
             members=self._members,

@@ -15,9 +15,11 @@ from bench.world.heap import Heap
 from bench.world.machine import MemoryDisk, MemoryJournal, MemoryOutbox, Started, answer
 from bench.world.points import Killed, Points
 from bench.world.wire import Wire
+from controller.facts import Seen, Start
 from device_agent import agent, update
 from device_agent.agent import Agent, Effect, Event, Identity, Publish, Settings
-from device_agent.protocol import Channel, ComponentReport, Reason, State
+from device_agent.protocol import Channel, ComponentReport, Kind, Reason, State
+from device_agent.trust import lease_holds
 from device_agent.update import Limits, Record
 
 HEARTBEAT = 5.0  # seconds between health messages
@@ -81,6 +83,7 @@ class Device:
         self._connected = False
         self._sampled = 0.0
         self._ran: dict[str, str] = {}
+        self._late: set[str] = set()  # attempts that began to install without a lease
         self._said: list[tuple[str, bytes]] = []  # what a liar may say again
 
     @property
@@ -213,6 +216,7 @@ class Device:
             case update.Fetch():
                 self._work(effect, State.DOWNLOADING, 0.6)
             case update.Install():
+                self._note_lease(effect.attempt)
                 self._work(effect, State.INSTALLING, 0.4)
             case update.Activate():
                 self._work(effect, State.ACTIVATING, 0.3)
@@ -275,19 +279,27 @@ class Device:
             self._connected = False
             self.hear(agent.Disconnected())
 
+    def _note_lease(self, attempt: str) -> None:
+        current = self._agent.record.update if self._agent else None
+        order = current.order if current else None
+        if order is not None and not lease_holds(order, self._heap.now + self.skew):
+            self._late.add(attempt)
+
     def _about(self, kind: str | None) -> Started:
         current = self._agent.record.update if self._agent else None
         order = current.order if current else None
-        false = tuple(
-            p for p in (order.preconditions if order else ()) if self.guards.get(p) is not True
-        )
+        asked = order.preconditions if order else ()
+        if order is not None and order.kind is Kind.ROLLBACK:
+            asked = tuple(p for p in asked if p in update.SAFETY)
+        false = tuple(p for p in asked if self.guards.get(p) is not True)
         return Started(
             at=self._heap.now,
             digest="",
             kind=kind or (str(order.kind) if order else "?"),
             term=order.term if order else 0,
             generation=order.generation if order else 0,
-            guards=false,
+            guards=false if kind is None else (),
+            late=order is not None and order.attempt in self._late,
         )
 
     def _tested(self, effect: update.RunSelfTests) -> None:
@@ -327,6 +339,27 @@ class Device:
         )
         if self._agent is not None:
             self._ran = self._agent.running()
+
+    # -- seen from outside ------------------------------------------------------------------------
+
+    def seen(self) -> Seen:
+        """The truth about this device, whatever it reports."""
+        core, saved = self._agent, self.journal.saved
+        record = saved or Record()
+        idle = core is not None and core.state in update.TERMINAL
+        return Seen(
+            device=self.name,
+            active=dict(self.disk.active),
+            running={c: report.digest for c, report in record.running.items()},
+            had=frozenset(self.disk.whole),
+            starts=tuple(
+                Start(at=s.at, digest=s.digest, kind=s.kind, guards=s.guards, late=s.late)
+                for s in self.disk.started
+            ),
+            acknowledged=frozenset(self.acknowledged),
+            settled=idle and self._connected and not len(self.outbox),
+            honest=not self.liar,
+        )
 
     # -- lies -------------------------------------------------------------------------------------
 

@@ -30,10 +30,14 @@ class Heap:
     def after(self, seconds: float, deed: Deed) -> None:
         self.at(self.now + seconds, deed)
 
+    def leap(self, seconds: float) -> None:
+        """Time in which nothing of all this ran; what was due meanwhile is done right after it."""
+        self.now += seconds
+
     def run(self, until: float) -> None:
         """Everything up to and including `until`; the clock stands there afterwards."""
         while self._entries and self._entries[0].at <= until:
             entry = heapq.heappop(self._entries)
-            self.now = entry.at
+            self.now = max(self.now, entry.at)
             entry.deed()
         self.now = max(self.now, until)

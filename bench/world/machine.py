@@ -8,7 +8,7 @@ what runs is switched at one instant.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.world.points import Points
@@ -91,7 +91,7 @@ class MemoryOutbox:
         self._lost += len(gone)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """One activation, as the machine itself saw it: the truth behind what devices report."""
 
@@ -101,6 +101,7 @@ class Started:
     term: int
     generation: int
     guards: tuple[str, ...]  # the order's preconditions that were not true at this instant
+    late: bool = False  # installed under a lease that had passed, by the device's clock
 
 
 @dataclass(slots=True)
@@ -111,12 +112,12 @@ class MemoryDisk:
     active: dict[str, str] = field(default_factory=dict)
     slots: dict[str, set[str]] = field(default_factory=dict)
     started: list[Started] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)  # every digest that ever ran here
+    whole: set[str] = field(default_factory=set)  # every digest that was ever whole in a slot
 
     def factory(self, images: Mapping[str, str]) -> None:
         self.active = dict(images)
         self.slots = {component: {digest} for component, digest in images.items()}
-        self.seen = set(images.values())
+        self.whole = set(images.values())
 
     def install(self, items: Iterable[Item]) -> None:
         for item in items:
@@ -125,6 +126,7 @@ class MemoryDisk:
             running = self.active.get(item.component)
             held.intersection_update({running} if running else set())  # two slots: the other one
             held.add(item.digest)
+            self.whole.add(item.digest)
 
     def switch(self, to: Mapping[str, str | None], about: Started) -> Reason | None:
         """All of them at one instant; the reason when a slot is not there."""
@@ -138,14 +140,8 @@ class MemoryDisk:
                 self.active.pop(component, None)
                 continue
             self.active[component] = digest
-            self.seen.add(digest)
             if before != digest:
-                about.digest = digest
-                self.started.append(
-                    Started(
-                        about.at, digest, about.kind, about.term, about.generation, about.guards
-                    )
-                )
+                self.started.append(replace(about, digest=digest))
         self.points.reach("disk.switched")
         return None
 

@@ -96,7 +96,7 @@ class Controller:
         self.clone = Clone(remote, points)
         self.term = 0
         self.fenced = False
-        self.errors: list[str] = []
+        self.take_overs: list[tuple[int, float]] = []
         self._heap, self._databases, self._wire = heap, databases, wire
         self._chance, self._trace = chance, trace
         self._loop: Loop | None = None
@@ -114,6 +114,7 @@ class Controller:
         heard = max((row.term for row in reader.devices_changed(0)), default=0)
         with writing(engine) as conn:
             self.term = store.take_over(conn, heard + 1)
+        self.take_overs.append((self.term, self._heap.now))
         self._watch = GitWatch(
             engine,
             self.clone,  # type: ignore[arg-type]

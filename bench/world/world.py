@@ -24,6 +24,9 @@ from bench.world.points import Points
 from bench.world.repository import Repository
 from bench.world.server import KEY, Controller, IngestProcess, People
 from bench.world.wire import Wire
+from controller import invariants
+from controller.facts import Finding, Observed, Sent
+from controller.store import snapshot
 from controller.store.tables import devices as registry
 from telemetry.store.database import writing
 
@@ -83,6 +86,10 @@ class World:
     def run(self, seconds: float) -> None:
         with quiet():
             self.heap.run(self.heap.now + seconds)
+
+    def leap(self, seconds: float) -> None:
+        """Everything stands still for so long: the service is off, and whoever sleeps, sleeps."""
+        self.heap.leap(seconds)
 
     # -- the fleet --------------------------------------------------------------------------------
 
@@ -185,6 +192,27 @@ class World:
                 self.register(device.name, **device.labels)
         self.trace(f"the control database is {'as at the backup' if backup else 'empty'}")
         controller.process.again()
+
+    # -- what came of it --------------------------------------------------------------------------
+
+    def observed(self) -> Observed:
+        """What was seen outside of the databases."""
+        deaf = list(self.deaf)
+        if self._deaf_since is not None:
+            deaf.append((self._deaf_since, self.now))
+        return Observed(
+            sent=[Sent(at=s.at, device=s.device, body=s.payload) for s in self.wire.sent],
+            hold_marks=dict(self.people.hold_marks),
+            take_overs=[mark for one in self.controllers for mark in one.take_overs],
+            devices=[device.seen() for device in self.devices.values()],
+            deaf=deaf,
+            keys={KEY.keyid: KEY.public_hex},
+        )
+
+    def check(self) -> list[Finding]:
+        """Every invariant, on both databases and on what was seen."""
+        tables = snapshot.read(self.databases.control, self.databases.telemetry, sums=True)
+        return invariants.check(tables, self.observed(), now=self.now)
 
     # -- the pulse --------------------------------------------------------------------------------
 

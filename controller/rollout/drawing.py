@@ -88,6 +88,7 @@ def draw_step(
             "seed": seed,
             "cohort": wave.step.cohort,
             "percent": wave.step.percent,
+            "size": drawn.size,
             "exposed": [c.device.id for c in drawn.exposed],
             "control": [c.device.id for c in drawn.control],
             "bands": dict(sorted(Counter(str(c.band) for c in drawn.exposed).items())),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from controller.manifests.kinds import OnFailure, OnInconclusive
 from controller.rollout import case as casework
@@ -21,7 +22,7 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
 )
-from controller.rollout.standing import Standing, standing
+from controller.rollout.standing import Standing, deaf, standing
 from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import Action, Change, Decision, Prove, Reject, World
 
@@ -35,6 +36,9 @@ def judge_step(
     rollout, soaked = _soak(world, rollout, pinned, seen, now)
     case = casework.build(world, rollout, pinned, wave, seen, now)
     judgement = judge(case)
+    if deaf(world, now) and rollout.flags.get("promoted") != rollout.step:
+        yield from _deaf(world, rollout, now)
+        return
     if judgement.verdict is Verdict.ROLL_BACK:
         yield from _reject(world, rollout, pinned, case, judgement, now)
         return
@@ -46,6 +50,17 @@ def judge_step(
     yield from _wait(world, rollout, pinned, wave, seen, case, judgement, soaked, now)
 
 
+def _deaf(world: World, rollout: Rollout, now: float) -> Iterator[Action]:
+    """Nobody can be heard: no soak, no verdict; what was known before stays as it is."""
+    if rollout.state not in ADMITTING:
+        return
+    since = datetime.fromtimestamp(world.heard_at or now, UTC)
+    sentence = f"WAITING — nothing was heard since {since:%H:%M:%S} UTC: broker or ingest is away"
+    after = replace(rollout, sentence=sentence)
+    if after != world.rollouts[rollout.id]:
+        yield Change(rollout=replace(after, updated_at=now))
+
+
 def _soak(
     world: World, rollout: Rollout, pinned: Pinned, seen: Standing, now: float
 ) -> tuple[Rollout, bool]:
@@ -53,7 +68,7 @@ def _soak(
     share = pinned.rollout.strategy.min_reporting
     near = seen.decided + seen.waiting + seen.untold
     begun = near == 0 or seen.decided >= share * near
-    heard = seen.reporting >= share * seen.updated
+    heard = seen.reporting >= share * seen.updated and not deaf(world, now)
     if not (begun and heard) or rollout.state not in ADMITTING:
         return replace(rollout, soak_mark=None), False
     mark = rollout.soak_mark if rollout.soak_mark is not None else now

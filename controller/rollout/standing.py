@@ -19,6 +19,7 @@ from controller.rollout.world import World
 
 HEARTBEATS = 6  # of silence, before a device counts as silent
 HEARTBEAT = 60.0  # seconds; the agent's default
+HEARD_LATELY = 5.0  # seconds since our own probe came through that are no outage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,11 @@ def patience(world: World, rollout: Rollout) -> float:
     """Seconds without contact after which an activated device counts as silent."""
     declared = world.pinned[rollout.id].rollout.strategy.silent_after
     return declared.total_seconds() if declared is not None else HEARTBEATS * HEARTBEAT
+
+
+def deaf(world: World, now: float) -> bool:
+    """Are our own ears shut: broker or ingest away? Then nothing is learnt, and nothing decided."""
+    return world.heard_at is not None and now - world.heard_at > HEARD_LATELY
 
 
 def reachable(world: World, device: str, patience: float, now: float) -> bool:

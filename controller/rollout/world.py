@@ -78,6 +78,7 @@ class World:
     scores: Mapping[str, Scored]  # by fleet
     observations: Mapping[str, Observations]  # by rollout id
     watermark: int
+    heard_at: float | None = None  # server time of our last own probe; None: nobody asked
     recovered: bool = False  # the database was wiped: unfinished work opens Paused
 
 

@@ -80,6 +80,7 @@ def test_a_commit_reaches_the_canary_and_then_the_fleet(world: World) -> None:
     assert 3 in seen
     assert versions(world) == {"2": 9}
     assert state(world) == "Completed"
+    assert world.check() == []
 
 
 def test_one_seed_is_one_history(databases: Databases) -> None:

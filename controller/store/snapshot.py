@@ -1,0 +1,77 @@
+"""Reads both databases into `controller.facts.Tables`: one consistent view of each."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from sqlalchemy import Engine, Table, select
+
+from controller.facts import Counted, Tables
+from controller.store import tables
+from telemetry.store import tables as telemetry
+from telemetry.store.database import reading
+from telemetry.store.reports import Store
+from telemetry.store.rollups import Kind
+from telemetry.store.seen import unpack
+
+_CONTROL = (
+    "devices",
+    "releases",
+    "rollouts",
+    "members",
+    "decisions",
+    "commands",
+    "holds",
+    "stops",
+    "desired",
+    "audit",
+    "proven",
+)
+
+
+def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Tables:
+    """All rows; `sums` compares raw messages with rollups, where no retention has run yet."""
+    with reading(control) as conn:
+        rows: dict[str, Any] = {}
+        for name in _CONTROL:
+            table: Table = getattr(tables, name)
+            rows[name] = [dict(row._mapping) for row in conn.execute(select(table))]
+        meta = {row.key: row.value for row in conn.execute(select(tables.meta))}
+    if reports is None:
+        return Tables(meta=meta, **rows)
+    devices = reports.devices_changed(0)
+    with reading(reports.engine) as conn:
+        health = telemetry.health
+        columns = (health.c.device, health.c.boot, health.c.seq)
+        counted = [(row[0], row[1], int(row[2])) for row in conn.execute(select(*columns))]
+        boots = {
+            (row.device, row.boot): Counted(int(row.high), unpack(bytes(row.missing)))
+            for row in conn.execute(select(telemetry.boots))
+        }
+        heard = conn.execute(select(telemetry.state.c.hearing_at)).scalar_one_or_none()
+    return Tables(
+        meta=meta,
+        **rows,
+        reports=devices,
+        health=counted,
+        boots=boots,
+        sums=_sums(reports.engine) if sums else (),
+        hearing_at=None if heard is None else float(heard),
+    )
+
+
+def _sums(engine: Engine) -> list[tuple[str, str, float, float]]:
+    """(device, counter, total of raw messages, total of rollups)."""
+    raw: dict[tuple[str, str], float] = defaultdict(float)
+    rolled: dict[tuple[str, str], float] = defaultdict(float)
+    health, rollups = telemetry.health, telemetry.rollups
+    with reading(engine) as conn:
+        for device, counters in conn.execute(select(health.c.device, health.c.counters)):
+            for name, n in json.loads(counters).items():
+                raw[device, name] += n
+        query = select(rollups.c.device, rollups.c.name, rollups.c.total)
+        for device, name, total in conn.execute(query.where(rollups.c.kind == Kind.COUNTER.value)):
+            rolled[device, name] += total
+    return [(*key, raw[key], rolled[key]) for key in sorted(raw.keys() | rolled.keys())]

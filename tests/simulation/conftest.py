@@ -1,0 +1,16 @@
+"""One pair of databases for all histories of a test process: compiled statements are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench.world.databases import Databases
+
+
+@pytest.fixture(scope="session")
+def databases() -> Iterator[Databases]:
+    made = Databases()
+    yield made
+    made.close()
