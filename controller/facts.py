@@ -48,7 +48,7 @@ class Counted:
 class Tables:
     """The rows of both databases; columns as in `controller.store.tables`."""
 
-    meta: Mapping[str, Any]
+    term: int  # of the controller's lease
     devices: Sequence[Row]
     releases: Sequence[Row]
     rollouts: Sequence[Row]

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from controller.audit import FIRST, digest
 from controller.facts import Finding, Look, Observed, Row, Sent, Tables
 from controller.rollout import replay
+from controller.rollout.cohort import AFTER_BEST, TOP_BAND
 from device_agent.protocol import Desired, Kind
 
 MOST_REPLAYED = 5_000  # newest decisions that are judged again
@@ -174,11 +175,14 @@ def _steps(look: Look) -> Iterator[Finding]:
             draws[row["rollout"]].append(row)
     for rollout in look.tables.rollouts:
         drawn: set[str] = set()
+        best_first = False
         mine = sorted(draws[rollout["id"]], key=lambda row: row["id"])
         for draw in mine:
             step = int(str(draw["inputs"]["seed"]).rpartition("/")[2])
-            yield from _step(look, rollout, draw, exposed[rollout["id"], step], drawn)
+            members = exposed[rollout["id"], step]
+            yield from _step(look, rollout, draw, members, drawn, after_best=best_first)
             drawn |= set(draw["inputs"]["exposed"])
+            best_first = draw["inputs"].get("valid_from") is not None
             yield from _pace(rollout, step, told[rollout["id"], step])
         known = {int(str(row["inputs"]["seed"]).rpartition("/")[2]) for row in mine}
         extra = {step for (name, step) in exposed if name == rollout["id"]} - known
@@ -187,7 +191,13 @@ def _steps(look: Look) -> Iterator[Finding]:
 
 
 def _step(
-    look: Look, rollout: Row, draw: Row, members: set[str], before: set[str]
+    look: Look,
+    rollout: Row,
+    draw: Row,
+    members: set[str],
+    before: set[str],
+    *,
+    after_best: bool,
 ) -> Iterator[Finding]:
     inputs = draw["inputs"]
     recorded = set(inputs["exposed"])
@@ -197,7 +207,9 @@ def _step(
     if recorded & before:
         yield _step_finding(rollout, "a step drew devices that an earlier one had drawn")
     size = inputs.get("size")
-    if size is not None and len(recorded) > _admits(rollout, inputs, size):
+    # The wave after a best_first one holds some of every band, whatever its percent.
+    more = AFTER_BEST * (TOP_BAND + 2) if after_best else 0
+    if size is not None and len(recorded) > _admits(rollout, inputs, size) + more:
         share = f"{float(inputs['percent']):.0%}"
         yield _step_finding(rollout, f"a step of {share} of {size} devices drew {len(recorded)}")
     if size is not None and size > len(look.tables.devices):
@@ -351,7 +363,7 @@ def _deaf(look: Look, rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _terms(look: Look) -> Iterator[Finding]:
-    term = int(look.tables.meta.get("term", 0))
+    term = look.tables.term
     by_id = {row["id"]: int(row["term"]) for row in look.tables.decisions}
     newest = 0
     for row in sorted(look.tables.audit, key=lambda row: int(row["seq"])):
@@ -390,7 +402,7 @@ def _orders(look: Look) -> Iterator[Finding]:
         for artifact in row["document"]["artifacts"]
     }
     rollouts = {row["id"] for row in look.tables.rollouts}
-    term = int(look.tables.meta.get("term", 0))
+    term = look.tables.term
     for row in look.tables.desired:
         name = row["device"]
         order, wrong = look.orders[name]

@@ -115,6 +115,7 @@ class Loop:
                 for name, document in store.load_releases(conn).items()
             }
             self._commit = store.get_meta(conn, "head_commit")
+            self._recovered_at: float | None = store.get_meta(conn, "recovered_at")
         self._catalog = desired.Catalog(releases=self._documents)
         self._pinned = {r.id: Pinned.from_json(r.pinned) for r in self._rollouts.values()}
         self._devices: dict[str, Device] = {}
@@ -255,6 +256,9 @@ class Loop:
         taken = 0
         with writing(self._ports.engine) as conn:
             store.fence(conn, self._issuer.term)
+            if self._recovered and self._recovered_at is None:
+                self._recovered_at = now
+                store.put_meta(conn, "recovered_at", now)
             if new_head and self._head is not None:
                 dirty |= self._accept(conn, self._head, now)
                 actions = reconcile.decide(self._world(), now)
@@ -515,7 +519,15 @@ class Loop:
             stops=self._stops,
             proven=self._proven_for(device, now),
             on_unknown=str(fleet.on_unknown) if fleet else "keep",
+            obeyed=self._governed_before(device, row),
         )
+
+    def _governed_before(self, device: Device, row: DeviceRow | None) -> bool:
+        """Was it told things by us that the wiped database does not know any more?"""
+        at = self._recovered_at
+        if at is None or row is None or row.generation == 0:
+            return False
+        return device.moved_at is None or device.moved_at < at
 
     def _proven_for(self, device: Device, now: float) -> dict[str, Proven]:
         found: dict[str, Proven] = {}

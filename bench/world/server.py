@@ -27,6 +27,7 @@ from controller.loop import Loop, Ports
 from controller.orders import Issuer
 from controller.recorder import Recorder
 from controller.store import rollouts as store
+from controller.store.lease import writing_as
 from controller.store.tables import devices, holds
 from telemetry.ingest import PROBE_TOPIC, Ingest
 from telemetry.store.database import reading, writing
@@ -118,10 +119,11 @@ class Controller:
         self._watch = GitWatch(
             engine,
             self.clone,  # type: ignore[arg-type]
-            Recorder(engine, self.clone),  # type: ignore[arg-type]
+            Recorder(engine, self.clone, term=self.term),  # type: ignore[arg-type]
             url="memory:fleet",
             branch="main",
             clock=lambda: self._heap.now,
+            term=self.term,
         )
         ports = Ports(
             engine=engine, reader=reader, heads=self._watch, broker=self._wire,
@@ -143,9 +145,10 @@ class Controller:
             return
         try:
             if self._wire.connections != self._connections:
-                self._connections = self._wire.connections
-                with writing(self._databases.control) as conn:
+                sessions = self._wire.connections
+                with writing_as(self._databases.control, self.term) as conn:
                     store.unpublish_all(conn)
+                self._connections = sessions
             loop.tick(self._heap.now)
         except store.Fenced as error:
             self._trace(f"{self.process.name} is fenced: {error}")

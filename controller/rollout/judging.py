@@ -177,7 +177,8 @@ def _passed_sentence(
     if judgement.verdict is Verdict.WIDEN:
         return judgement.sentence
     if seen.size == 0:
-        return f"WIDENED — {wave.name}: reached by earlier steps, nobody new in it"
+        reached = f"WIDENED — {wave.name}: reached by earlier steps, nobody new in it"
+        return f"{reached}; gate said: {judgement.sentence}"
     return f"COMPLETED — {wave.name}: {seen.words()}; not proven at this size: {judgement.sentence}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Engine, Table, select
 
 from controller.facts import Counted, Tables
-from controller.store import tables
+from controller.store import lease, tables
 from telemetry.store import tables as telemetry
 from telemetry.store.database import reading
 from telemetry.store.reports import Store
@@ -38,9 +38,9 @@ def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Table
         for name in _CONTROL:
             table: Table = getattr(tables, name)
             rows[name] = [dict(row._mapping) for row in conn.execute(select(table))]
-        meta = {row.key: row.value for row in conn.execute(select(tables.meta))}
+        term = lease.look(conn).term
     if reports is None:
-        return Tables(meta=meta, **rows)
+        return Tables(term=term, **rows)
     devices = reports.devices_changed(0)
     with reading(reports.engine) as conn:
         health = telemetry.health
@@ -52,7 +52,7 @@ def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Table
         }
         heard = conn.execute(select(telemetry.state.c.hearing_at)).scalar_one_or_none()
     return Tables(
-        meta=meta,
+        term=term,
         **rows,
         reports=devices,
         health=counted,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import select
@@ -23,13 +22,6 @@ BASE = {
     "1.yaml": texts.release("1"),
 }
 STRATEGY = {"silentAfter": "20s", "maxFailed": "1%"}
-
-
-@pytest.fixture(scope="module")
-def databases() -> Iterator[Databases]:
-    made = Databases()
-    yield made
-    made.close()
 
 
 @pytest.fixture
