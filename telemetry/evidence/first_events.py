@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +114,7 @@ def budget_curve(engine: Engine, events: float, hours: float, budget: float) -> 
     return result
 
 
+@lru_cache(maxsize=4096)
 def hours_needed(engine: Engine, budget: float, events: int = 0) -> float:
     """Exposure with `events` first events that refutes the budget."""
     low, high = 0.0, max(1.0, float(events)) / budget
@@ -127,6 +129,7 @@ def hours_needed(engine: Engine, budget: float, events: int = 0) -> float:
     return high
 
 
+@lru_cache(maxsize=4096)
 def events_needed(engine: Engine, margin: float, share: float) -> int:
     """First events in both arms, at no harm, that refute the ratio; `share` = exposed ÷ all."""
 

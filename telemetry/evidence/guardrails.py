@@ -103,10 +103,8 @@ def rate(
 
     `weights`: `band/hardware` → devices of the eligible fleet, for the fleet-level number.
     """
-    hardware = sorted({t.hardware for t in seen.totals})
-    controls = any(t.arm == "control" and t.devices for t in seen.totals)
-    parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
-    evidence = _pooled(_rate_harm(engine, gate, seen, None, controls), parts)
+    controls = _controls(seen)
+    evidence = rate_harm(engine, gate, seen)
     ell = _curve(engine, gate, seen, None)
     ratio_seen, low, high = _ratio(engine, ell, _repeats(engine, gate, seen, None))
     one, zero = _arm(seen.totals, "exposed"), _arm(seen.totals, "control")
@@ -140,6 +138,18 @@ def rate(
         says=_says_rate(gate, one, zero, (ratio_seen, low, high), margin, budget)
         + _says_fleet(gate, whole),
     )
+
+
+def rate_harm(engine: Engine, gate: Gate, seen: MetricSeen) -> float:
+    """E of a rate gate: the mean of the pooled evidence and that of each hardware."""
+    controls = _controls(seen)
+    hardware = sorted({t.hardware for t in seen.totals})
+    parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
+    return _pooled(_rate_harm(engine, gate, seen, None, controls), parts)
+
+
+def _controls(seen: MetricSeen) -> bool:
+    return any(t.arm == "control" and t.devices for t in seen.totals)
 
 
 def share_of_devices(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading:

@@ -7,6 +7,7 @@ Pending devices are the caller's rule: successes for rollback, failures for prom
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def upper_bound(failures: int, started: int, level: float) -> float:
     low, high = failures / started, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        if _at_most(failures, started, middle) > 1 - level:
+        if at_most(failures, started, middle) > 1 - level:
             low = middle
         else:
             high = middle
@@ -88,6 +89,7 @@ def budget(engine: Engine, declared: float | None, history: tuple[tuple[int, int
     return max(floor, bound) if started >= 1 / floor else floor
 
 
+@lru_cache(maxsize=4096)
 def needed(engine: Engine, margin: float, failures: int = 0) -> int:
     """The smallest number of devices with `failures` failures that refutes the margin."""
     low, high = 1, 1
@@ -108,7 +110,7 @@ def _at(p: float, failures: float, started: float) -> float:
     return failures * math.log(p) + (started - failures) * math.log1p(-p)
 
 
-def _at_most(failures: int, started: int, p: float) -> float:
+def at_most(failures: int, started: int, p: float) -> float:
     """P(X ≤ failures), X ~ Binomial(started, p)."""
     log_choose = [
         math.lgamma(started + 1) - math.lgamma(k + 1) - math.lgamma(started - k + 1)
