@@ -419,6 +419,7 @@ def _draw(world: World, rollout: Rollout, pinned: Pinned, now: float) -> Iterato
         )
         actions = list(drawing.draw_step(copy, here, pinned, wave, now))
         new = [m for action in actions if isinstance(action, Put) for m in action.members]
+        members = {**members, **{m.device: m for m in new}}
         exposed = tuple(m for m in new if m.arm is Arm.EXPOSED)
         decision = next((a for a in actions if isinstance(a, Decision)), None)
         inputs: Mapping[str, Any] = decision.inputs if decision else {}
