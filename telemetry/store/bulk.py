@@ -33,8 +33,7 @@ def insert(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
     if connection.dialect.name == "postgresql":
         _copy(connection, table, table.name, rows)
         return
-    marks = ", ".join("?" for _ in table.columns)
-    _cursor(connection).executemany(f"INSERT INTO {table.name} VALUES ({marks})", rows)  # noqa: S608
+    _cursor(connection).executemany(_insert(table), rows)
 
 
 def upsert(
@@ -46,7 +45,6 @@ def upsert(
     """
     if not rows:
         return
-    target = f"INSERT INTO {table.name} "
     conflict = _conflict(table, frozenset(added))
     if connection.dialect.name == "postgresql":
         stage = f"stage_{table.name}"
@@ -58,11 +56,23 @@ def upsert(
             f"CREATE TEMPORARY TABLE IF NOT EXISTS {stage} ({columns}) ON COMMIT DELETE ROWS"
         )
         _copy(connection, table, stage, rows)
-        connection.exec_driver_sql(f"{target}SELECT * FROM {stage} {conflict}")  # noqa: S608
+        names = _names(table)
+        connection.exec_driver_sql(
+            f"INSERT INTO {table.name} ({names}) SELECT {names} FROM {stage} {conflict}"  # noqa: S608
+        )
         connection.exec_driver_sql(f"DELETE FROM {stage}")  # noqa: S608
         return
+    _cursor(connection).executemany(f"{_insert(table)} {conflict}", rows)
+
+
+def _insert(table: Table) -> str:
     marks = ", ".join("?" for _ in table.columns)
-    _cursor(connection).executemany(f"{target}VALUES ({marks}) {conflict}", rows)
+    return f"INSERT INTO {table.name} ({_names(table)}) VALUES ({marks})"  # noqa: S608
+
+
+def _names(table: Table) -> str:
+    """Always said: in a migrated table, columns may stand in another order."""
+    return ", ".join(column.name for column in table.columns)
 
 
 def _conflict(table: Table, added: frozenset[str]) -> str:
@@ -83,7 +93,8 @@ def _cursor(connection: Connection) -> Any:
 
 def _copy(connection: Connection, table: Table, name: str, rows: Sequence[Row]) -> None:
     """Binary: twice as fast as text, and no character needs an escape."""
-    with _cursor(connection).copy(f"COPY {name} FROM STDIN (FORMAT BINARY)") as copy:
+    statement = f"COPY {name} ({_names(table)}) FROM STDIN (FORMAT BINARY)"
+    with _cursor(connection).copy(statement) as copy:
         copy.set_types([_oid(column.type) for column in table.columns])
         for row in rows:
             copy.write_row(row)

@@ -208,9 +208,7 @@ def _keep(device: str, message: Health | Sample, changes: Changes, batch: int, n
             _json(message.components),
             message.t0,
             seconds,
-            _json(levels),
-            _json(message.counters),
-            _json(message.exposure),
+            _json((levels, message.counters, message.exposure)),
         )
     )
 

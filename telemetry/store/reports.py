@@ -50,9 +50,9 @@ _components = msgspec.json.Decoder(dict[str, ComponentReport])
 _history = msgspec.json.Decoder(tuple[HistoryEntry, ...])
 _texts = msgspec.json.Decoder(tuple[str, ...])
 _digests = msgspec.json.Decoder(dict[str, str])
-_levels = msgspec.json.Decoder(dict[str, tuple[int, float, float]])
-_counters = msgspec.json.Decoder(dict[str, int])
-_exposure = msgspec.json.Decoder(dict[str, float])
+_measured = msgspec.json.Decoder(
+    tuple[dict[str, tuple[int, float, float]], dict[str, int], dict[str, float]]
+)
 
 
 # The rows are at fault, not the database: trying again cannot help. Bulk rows go past SQLAlchemy,
@@ -212,20 +212,26 @@ def _load(connection: Connection, batch: Batch) -> Known:
 
 
 def _load_some(connection: Connection, devices: list[str], known: Known) -> None:
+    # Rows are unpacked by place: their attributes cost more than the query.
     contacts, reports = tables.contacts, tables.reports
-    for row in connection.execute(select(contacts).where(contacts.c.device.in_(devices))):
-        known.contacts[row.device] = Contact(
-            last_contact=row.last_contact,
-            heard_clock=row.heard_clock,
-            online=row.online,
-            sleeping_until=row.sleeping_until,
-            boot=row.boot,
-            boot_count=row.boot_count,
-            boot_floor=row.boot_floor,
+    own = [c for c in contacts.c if c.name != "change"]
+    for device, last, clock, online, sleeping, boot, count, floor in connection.execute(
+        select(*own).where(contacts.c.device.in_(devices))
+    ):
+        known.contacts[device] = Contact(
+            last_contact=last,
+            heard_clock=clock,
+            online=online,
+            sleeping_until=sleeping,
+            boot=boot,
+            boot_count=count,
+            boot_floor=floor,
         )
     columns = (reports.c.device, reports.c.boot_count, reports.c.seq)
-    for row in connection.execute(select(*columns).where(reports.c.device.in_(devices))):
-        known.states[row.device] = (row.boot_count, row.seq)
+    for device, count, seq in connection.execute(
+        select(*columns).where(reports.c.device.in_(devices))
+    ):
+        known.states[device] = (count, seq)
 
 
 def _load_boots(
@@ -233,11 +239,12 @@ def _load_boots(
 ) -> None:
     # By device alone: a second list of boots would make SQLite try every pair of the two.
     table = tables.boots
-    for row in connection.execute(select(table).where(table.c.device.in_(devices))):
-        if (row.device, row.boot) in wanted:
-            known.boots[row.device, row.boot] = Seen(
-                boot_count=row.boot_count, high=row.high, missing=unpack(row.missing)
-            )
+    columns = (table.c.device, table.c.boot, table.c.boot_count, table.c.high, table.c.missing)
+    for device, boot, count, high, missing in connection.execute(
+        select(*columns).where(table.c.device.in_(devices))
+    ):
+        if (device, boot) in wanted:
+            known.boots[device, boot] = Seen(boot_count=count, high=high, missing=unpack(missing))
 
 
 def _save(
@@ -290,10 +297,7 @@ def _device_row(row: Any) -> DeviceRow:
 
 
 def _health_row(row: Any) -> HealthRow:
-    levels = {
-        name: Level(n=n, total=total, squares=squares)
-        for name, (n, total, squares) in _levels.decode(row.levels).items()
-    }
+    levels, counters, exposure = _measured.decode(row.measured)
     return HealthRow(
         batch=row.batch,
         device=row.device,
@@ -304,9 +308,12 @@ def _health_row(row: Any) -> HealthRow:
         components=_digests.decode(row.components),
         t0=row.t0,
         seconds=row.seconds,
-        levels=levels,
-        counters=_counters.decode(row.counters),
-        exposure=_exposure.decode(row.exposure),
+        levels={
+            name: Level(n=n, total=total, squares=squares)
+            for name, (n, total, squares) in levels.items()
+        },
+        counters=counters,
+        exposure=exposure,
     )
 
 

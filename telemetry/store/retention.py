@@ -48,15 +48,36 @@ def sweep(engine: Engine, now: float, keep: Retention | None = None) -> int:
 
 def _raw(connection: Connection, before: float) -> int:
     table = tables.health
-    old = select(table.c.batch).where(table.c.received_at < before)
+    oldest = select(table.c.batch).where(table.c.batch < _first_kept(connection, before))
     last = connection.execute(
-        select(func.max(old.order_by(table.c.batch).limit(_PIECE).subquery().c.batch))
+        select(func.max(oldest.order_by(table.c.batch).limit(_PIECE).subquery().c.batch))
     ).scalar()
     if last is None:
         return 0
-    return connection.execute(
-        delete(table).where(table.c.batch <= last, table.c.received_at < before)
-    ).rowcount
+    return connection.execute(delete(table).where(table.c.batch <= last)).rowcount
+
+
+def _first_kept(connection: Connection, before: float) -> int:
+    """The batch with which the raw messages to keep begin, by halving.
+
+    Batches are numbered as they were committed, so their times rise with them, and no index of
+    times has to be written for every message. A server clock that was wrong for a while makes some
+    batches go with their neighbours.
+    """
+    table = tables.health
+    low, high = connection.execute(select(func.min(table.c.batch), func.max(table.c.batch))).one()
+    if low is None:
+        return 0
+    low, high = int(low), int(high) + 1
+    while low < high:
+        middle = (low + high) // 2
+        query = select(table.c.batch, table.c.received_at).where(table.c.batch >= middle)
+        row = connection.execute(query.order_by(table.c.batch).limit(1)).first()
+        if row is not None and row.received_at < before:
+            low = int(row.batch) + 1
+        else:
+            high = middle
+    return low
 
 
 def _rollups(connection: Connection, before: int) -> int:

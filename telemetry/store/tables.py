@@ -14,7 +14,6 @@ from sqlalchemy import (
     Column,
     Double,
     Engine,
-    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -101,9 +100,8 @@ health = Table(  # raw messages, counted once
     Column("components", Text, nullable=False),  # JSON: component → digest
     Column("t0", Double, nullable=False),
     Column("seconds", Double, nullable=False),
-    Column("levels", Text, nullable=False),  # JSON: name → [n, total, squares]
-    Column("counters", Text, nullable=False),  # JSON
-    Column("exposure", Text, nullable=False),  # JSON
+    # JSON: [{gauge: [n, total, squares]}, {counter: count}, {unit: exposure}]
+    Column("measured", Text, nullable=False),
     sqlite_with_rowid=False,
 )
 
@@ -127,8 +125,6 @@ refusals = Table(  # what was not believed, by reason
     Column("n", BigInteger, nullable=False),
     Column("last_at", Double, nullable=False),
 )
-
-Index("telemetry_health_received", health.c.received_at)
 
 
 def create_schema(engine: Engine) -> None:

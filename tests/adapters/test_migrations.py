@@ -19,7 +19,9 @@ from sqlalchemy import Engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from controller.store.tables import SCHEMA as CONTROL
+from telemetry.report import Level
 from telemetry.store.database import open_engine
+from telemetry.store.reports import Store
 from telemetry.store.schema import NewerSchema, Schema, bring_to_head
 from telemetry.store.tables import SCHEMA as TELEMETRY
 
@@ -129,6 +131,25 @@ def test_tables_of_a_version_without_revisions_are_the_baseline(
         else:
             rows = connection.execute(text("SELECT id, batch FROM telemetry_state")).all()
             assert [tuple(row) for row in rows] == [(1, 0)]
+
+
+def test_health_of_the_first_version_is_read_after_the_step(engine: Engine, tmp_path: Path) -> None:
+    bring_to_head(engine, only_baseline(tmp_path, TELEMETRY))
+    told = {"b": 1, "p": 0, "d": "car-1", "r": 5.0, "o": "b1", "s": 7, "c": '{"app":"sha256:x"}'}
+    told |= {"l": '{"cpu":[2,3.0,5.0]}', "n": '{"crash":1}', "e": '{"km":0.5}'}
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO telemetry_health VALUES "
+                "(:b, :p, :d, :r, :o, :s, NULL, :c, 1.0, 2.0, :l, :n, :e)"
+            ),
+            told,
+        )
+    bring_to_head(engine, TELEMETRY)
+    (row,) = Store(engine).health_since(0)
+    assert (row.device, row.seq, row.received_at, row.seconds) == ("car-1", 7, 5.0, 2.0)
+    assert row.levels == {"cpu": Level(n=2, total=3.0, squares=5.0)}
+    assert (row.counters, row.exposure) == ({"crash": 1}, {"km": 0.5})
 
 
 def test_rows_and_what_refers_to_them_survive_a_step(engine: Engine, tmp_path: Path) -> None:
