@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -255,6 +256,10 @@ class _History:
             for place, device in enumerate(reached)
         ]
         bulk.insert(conn, tables.members, rows)
+        counted = Counter((row[2], row[3], row[9]) for row in rows)
+        bulk.insert(
+            conn, tables.member_counts, [(rollout, *key, n) for key, n in sorted(counted.items())]
+        )
 
     def _member(
         self, rollout: str, place: int, device: str, state: str, at: float,

@@ -42,6 +42,7 @@ from controller.rollout.world import (
     Decision,
     Finish,
     Head,
+    Look,
     Notice,
     Open,
     Prove,
@@ -342,6 +343,8 @@ class Loop:
                 metrics.count("bellwether_commands_total", kind=kind, result=action.state)
                 store.finish_command(conn, action.command, action.state, action.result, now)
                 self._commands = [c for c in self._commands if c.id != action.command]
+            case Look():
+                store.insert_look(conn, action.rollout, now, action.numbers)
             case Notice():
                 pass
         return set()

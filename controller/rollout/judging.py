@@ -7,7 +7,7 @@ step is decided. A step widens when it is soaked, proven and settled; the last o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from controller.manifests.kinds import OnFailure, OnInconclusive
@@ -24,9 +24,10 @@ from controller.rollout.model import (
 )
 from controller.rollout.standing import Standing, deaf, standing
 from controller.rollout.waves import Pinned, Wave
-from controller.rollout.world import Action, Change, Decision, Prove, Reject, World
+from controller.rollout.world import Action, Change, Decision, Look, Prove, Reject, World
 
 SOAK_GRAIN = 0.25  # seconds: soak is written no finer than this
+LOOKS = 48  # kept of the evidence while a step soaks
 
 
 def judge_step(
@@ -241,15 +242,7 @@ def _wait(
     soaking: bool,
     now: float,
 ) -> Iterator[Action]:
-    state, sentence = rollout.state, judgement.sentence
-    if state is RolloutState.INCONCLUSIVE:
-        sentence = rollout.sentence  # why it waits for a person stays said until one decides
-    if state is not RolloutState.INCONCLUSIVE:
-        state = RolloutState.SOAKING if soaking else RolloutState.PROGRESSING
-        if not soaking:
-            held = telling.held_back(world, rollout)
-            sentence = f"PROGRESSING — {wave.name}: {seen.words()}"
-            sentence += f"; {held}" if held else ""
+    state, sentence = _under_way(world, rollout, wave, seen, judgement, soaking)
     overdue = _overdue(rollout, pinned, now)
     if overdue and state in ADMITTING:
         state, sentence = RolloutState.INCONCLUSIVE, f"INCONCLUSIVE — {overdue}; {sentence}"
@@ -261,11 +254,18 @@ def _wait(
             if more:
                 yield from more
                 return
-    flags = {**rollout.flags, "verdict": str(judgement.verdict)}
+    flags = {
+        **rollout.flags,
+        "verdict": str(judgement.verdict),
+        "standing": asdict(seen),
+        "looked": _looked(rollout, wave),
+    }
     after = replace(rollout, state=state, sentence=sentence, flags=flags)
     stored = world.rollouts[rollout.id]
     if after == stored:
         return
+    if state is RolloutState.SOAKING and flags["looked"] != stored.flags.get("looked"):
+        yield Look(rollout=rollout.id, numbers=judgement.numbers)
     changed = state is not stored.state
     yield Change(rollout=replace(after, revision=rollout.revision + changed, updated_at=now))
     if changed or stored.flags.get("verdict") != str(judgement.verdict):
@@ -277,6 +277,25 @@ def _wait(
             inputs=case.to_json(),
             numbers=judgement.numbers,
         )
+
+
+def _under_way(
+    world: World, rollout: Rollout, wave: Wave, seen: Standing, judgement: Judgement, soaking: bool
+) -> tuple[RolloutState, str]:
+    if rollout.state is RolloutState.INCONCLUSIVE:
+        # Why it waits for a person stays said until one decides.
+        return rollout.state, rollout.sentence
+    if soaking:
+        return RolloutState.SOAKING, judgement.sentence
+    held = telling.held_back(world, rollout)
+    sentence = f"PROGRESSING — {wave.name}: {seen.words()}" + (f"; {held}" if held else "")
+    return RolloutState.PROGRESSING, sentence
+
+
+def _looked(rollout: Rollout, wave: Wave) -> str:
+    """Names the stretch of the soak that we are in: one look at the evidence is kept of each."""
+    stretch = max(wave.step.soak.total_seconds() / LOOKS, SOAK_GRAIN)
+    return f"{rollout.step}/{int(rollout.soak / stretch)}"
 
 
 def _overdue(rollout: Rollout, pinned: Pinned, now: float) -> str:

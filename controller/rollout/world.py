@@ -146,4 +146,12 @@ class Notice:
     sentence: str
 
 
-Action = Decision | Open | Change | Put | Reject | Prove | Finish | Notice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What the evidence says at a moment of a soak in which nothing is decided: for the chart."""
+
+    rollout: str
+    numbers: Mapping[str, Any]
+
+
+Action = Decision | Open | Change | Put | Reject | Prove | Finish | Notice | Look

@@ -17,6 +17,7 @@ from controller.store.tables import (
     desired,
     devices,
     holds,
+    looks,
     members,
     proven,
     releases,
@@ -107,14 +108,19 @@ def last_verdicts(conn: Connection, ids: Sequence[str]) -> dict[str, Any]:
 
 
 def judged(conn: Connection, rollout: str, limit: int) -> list[tuple[str, Mapping[str, Any]]]:
-    """(RFC 3339, numbers) of the newest verdicts of a rollout, oldest first."""
-    query = (
+    """(RFC 3339, numbers) of the newest verdicts of a rollout and of the looks between them,
+    oldest first."""
+    verdicts = (
         select(decisions.c.at, decisions.c.numbers)
         .where(decisions.c.rollout == rollout, decisions.c.kind == "verdict")
-        .order_by(decisions.c.id.desc())
+        .order_by(decisions.c.at.desc())
         .limit(limit)
     )
-    return [(when(row.at) or "", row.numbers) for row in reversed(conn.execute(query).all())]
+    between = select(looks.c.at, looks.c.numbers).where(looks.c.rollout == rollout)
+    between = between.order_by(looks.c.at.desc()).limit(limit)
+    rows = [*conn.execute(verdicts).all(), *conn.execute(between).all()]
+    newest = sorted(rows, key=lambda row: row.at)[-limit:]
+    return [(when(row.at) or "", row.numbers) for row in newest]
 
 
 def list_decisions(conn: Connection, *, before: str, limit: int, fleets: frozenset[str]) -> Rows:

@@ -7,6 +7,7 @@ of it is fenced by the controller's term (`fence`). Rows go in and out as the fr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -38,6 +39,8 @@ from controller.store.tables import (
     desired,
     devices,
     holds,
+    looks,
+    member_counts,
     members,
     meta,
     proven,
@@ -196,15 +199,41 @@ def update_rollout(conn: Connection, before: Rollout, after: Rollout) -> None:
 
 
 def put_members(conn: Connection, rollout: str, changed: Sequence[Member]) -> None:
-    """Insert or replace the rows of these members."""
+    """Insert or replace the rows of these members, and keep their counters."""
     names = [m.device for m in changed]
+    more = Counter((m.step, str(m.arm), str(m.state)) for m in changed)
     for start in range(0, len(names), 500):
-        conn.execute(
-            delete(members).where(
-                members.c.rollout == rollout, members.c.device.in_(names[start : start + 500])
-            )
+        gone = conn.execute(
+            delete(members)
+            .where(members.c.rollout == rollout, members.c.device.in_(names[start : start + 500]))
+            .returning(members.c.step, members.c.arm, members.c.state)
         )
+        more.subtract((row.step, row.arm, row.state) for row in gone)
     conn.execute(insert(members), [{"rollout": rollout, **_values(m)} for m in changed])
+    _count_members(conn, rollout, more)
+
+
+def _count_members(
+    conn: Connection, rollout: str, more: Mapping[tuple[int, str, str], int]
+) -> None:
+    counts = member_counts
+    for (step, arm, state), n in sorted(more.items()):
+        key = (counts.c.rollout == rollout) & (counts.c.step == step)
+        key &= (counts.c.arm == arm) & (counts.c.state == state)
+        if not n:
+            continue
+        done = conn.execute(update(counts).where(key).values(n=counts.c.n + n))
+        if not done.rowcount:
+            conn.execute(
+                insert(counts).values(rollout=rollout, step=step, arm=arm, state=state, n=n)
+            )
+
+
+def insert_look(conn: Connection, rollout: str, at: float, numbers: Mapping[str, Any]) -> None:
+    """What the evidence said; a second one of the same instant replaces nothing."""
+    known = (looks.c.rollout == rollout) & (looks.c.at == at)
+    if conn.execute(select(looks.c.at).where(known)).first() is None:
+        conn.execute(insert(looks).values(rollout=rollout, at=at, numbers=dict(numbers)))
 
 
 def insert_decision(conn: Connection, values: Mapping[str, Any]) -> None:

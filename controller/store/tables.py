@@ -68,6 +68,7 @@ devices = Table(  # the registry: who a device is; what it runs is telemetry's
     Column("moved_at", Double),  # evidence before this instant belongs to the fleet before
     Column("replaces", String(63)),
     Column("change", Big, nullable=False, index=True),  # meta counter `registry`: what is new
+    Index("ix_devices_fleet_id", "fleet", "id"),
 )
 
 enrolment_tokens = Table(
@@ -183,7 +184,26 @@ members = Table(  # drawn once, never moved by a score
     Column("exposed_at", Double),  # first contact after TRIAL or, for controls, the step's opening
     Column("left_at", Double),  # censored here: updated, moved, retired, other component changed
     Column("updated_at", Double, nullable=False),
-    Index("ix_members_state", "rollout", "state"),
+    Index("ix_members_state", "rollout", "state", "device"),
+    Index("ix_members_device", "device"),
+)
+
+member_counts = Table(  # how many members are in each state: kept with `members`, never counted
+    "member_counts",
+    metadata,
+    Column("rollout", ForeignKey("rollouts.id"), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("arm", String(10), primary_key=True),
+    Column("state", String(16), primary_key=True),
+    Column("n", Integer, nullable=False),
+)
+
+looks = Table(  # what the evidence said while a step soaked, at some moments: for the chart
+    "looks",
+    metadata,
+    Column("rollout", ForeignKey("rollouts.id"), primary_key=True),
+    Column("at", Double, primary_key=True),
+    Column("numbers", JSON, nullable=False),
 )
 
 decisions = Table(
@@ -283,6 +303,7 @@ audit = Table(  # append-only and chained
     Column("previous", String(64), nullable=False),
     Column("hash", String(64), nullable=False),
     UniqueConstraint("hash"),
+    Index("ix_audit_subject", "subject", "seq"),
 )
 
 approvals = Table(  # what waits for a second person, bound to the digest of what was seen

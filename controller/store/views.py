@@ -17,6 +17,7 @@ from controller.store.tables import (
     desired,
     devices,
     holds,
+    member_counts,
     members,
     meta,
     proven,
@@ -97,10 +98,9 @@ def list_rollouts(
 
 def count_members(conn: Connection, ids: Sequence[str]) -> dict[str, Plain]:
     """rollout → counts of its members by arm and state, and by step."""
-    query = (
-        select(members.c.rollout, members.c.step, members.c.arm, members.c.state, func.count())
-        .where(members.c.rollout.in_(list(ids)))
-        .group_by(members.c.rollout, members.c.step, members.c.arm, members.c.state)
+    counts = member_counts
+    query = select(counts.c.rollout, counts.c.step, counts.c.arm, counts.c.state, counts.c.n).where(
+        counts.c.rollout.in_(list(ids)), counts.c.n > 0
     )
     found: dict[str, Plain] = {i: {"devices": {}, "control": 0, "steps": {}} for i in ids}
     for rollout, step, arm, state, count in conn.execute(query):

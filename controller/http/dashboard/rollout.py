@@ -8,7 +8,7 @@ from typing import Any
 
 from controller.commands import allowed
 from controller.http.dashboard.signs import Sign, Tone, sign
-from controller.http.dashboard.tally import Tally, members
+from controller.http.dashboard.tally import Tally, members, standing
 from controller.roles import Principal, Right
 
 Plain = Mapping[str, Any]
@@ -45,13 +45,16 @@ class Verb:
     stops: bool
 
 
-def steps(one: Plain, fixes: str | None, cohorts: Mapping[str, int]) -> tuple[StepView, ...]:
-    """Each step with its members by state. `cohorts`: devices in each cohort now, if known."""
+def steps(
+    one: Plain, fixes: str | None, cohorts: Mapping[str, int], now: Mapping[str, int]
+) -> tuple[StepView, ...]:
+    """Each step with its members by state. `cohorts`: devices in each cohort now, if known;
+    `now`: how the loop last saw the current step (`standing.Standing`)."""
     plan: list[tuple[str, Plain]] = [(step_name(step), step) for step in one["steps"]]
     if fixes and plan:
         plan.insert(0, (f"devices that ran {fixes}", plan[0][1]))
     return tuple(
-        _step(one, number, name, step, cohorts, bool(fixes) and number == 0)
+        _step(one, number, name, step, cohorts, now, bool(fixes) and number == 0)
         for number, (name, step) in enumerate(plan)
     )
 
@@ -62,11 +65,12 @@ def step_name(step: Plain) -> str:
 
 
 def _step(
-    one: Plain, number: int, name: str, step: Plain, cohorts: Mapping[str, int], fix: bool
-) -> StepView:
-    counts = members(one["members"]["steps"].get(str(number), {}))
-    ended = one["state"] in _ENDED
-    current = number == one["step"] and not ended
+    one: Plain, number: int, name: str, step: Plain, cohorts: Mapping[str, int],
+    now: Mapping[str, int], fix: bool,
+) -> StepView:  # fmt: skip
+    by_state = one["members"]["steps"].get(str(number), {})
+    current = number == one["step"] and one["state"] not in _ENDED
+    counts = standing(now, by_state) if current and now else members(by_state)
     return StepView(
         number=number + 1,
         name=name,

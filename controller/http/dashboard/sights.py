@@ -159,7 +159,9 @@ def _rollout(eyes: Eyes, name: str) -> Plain:
     return {
         "one": one,
         "sign": of_rollout(row.state),
-        "steps": rollout_page.steps(one, fixes, eyes.book.cohort_sizes(row.fleet)),
+        "steps": rollout_page.steps(
+            one, fixes, eyes.book.cohort_sizes(row.fleet), (row.flags or {}).get("standing") or {}
+        ),
         "verbs": rollout_page.verbs(one, eyes.who, active),
         "waiting": lookups.waiting_commands(conn, row.id),
         "fixes": fixes,

@@ -37,6 +37,28 @@ def members(counts: Mapping[str, int]) -> Tally:
     return tally((key, of_member(key).word, of_member(key).tone, n) for key, n in known)
 
 
+def standing(now: Mapping[str, int], counts: Mapping[str, int]) -> Tally:
+    """The current step as the loop last saw it: who is out of reach and who defers apart.
+
+    `counts` is by state, from the counters; where the two do not add up, the counters are right.
+    """
+    told = [
+        ("updated", "Updated", Tone.GOOD, now.get("updated", 0)),
+        ("told", "In progress", Tone.MOVING, now.get("waiting", 0)),
+        ("told", "Deferred by the device", Tone.WAIT, now.get("deferred", 0)),
+        ("drawn", "Not told yet", Tone.IDLE, now.get("untold", 0)),
+        ("told", "Offline", Tone.WAIT, now.get("offline", 0)),
+        ("failed", "Failed", Tone.BAD, now.get("failed", 0)),
+        ("silent", "Silent", Tone.BAD, now.get("silent", 0)),
+    ]
+    seen = members(counts)
+    away = sum(n for key, n in counts.items() if key in ("left", "back"))
+    if sum(n for *_, n in told) != seen.total - away:
+        return seen
+    gone = [(s.key, s.word, s.tone, s.n) for s in seen.segments if s.key in ("left", "back")]
+    return tally([part for part in (*told, *gone) if part[3]])
+
+
 def tally(parts: Iterable[tuple[str, str, Tone, int]]) -> Tally:
     parts = list(parts)
     total = sum(n for *_, n in parts)
