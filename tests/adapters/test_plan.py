@@ -74,6 +74,15 @@ def digest_of(repo: Path, release: str) -> str:
     return next(w.strip('",}') for w in text.split() if "sha256:" in w)
 
 
+def car(name: str, number: int) -> dict[str, object]:
+    hardware = "hw3" if number % 5 else "hw2"
+    labels = {"model": "m3", "region": "eu", "hardware": hardware}
+    return {
+        "id": name, "fleet": "model-3-eu", "status": "active", "labels": labels,
+        "created_at": NOW, "change": 1,
+    }  # fmt: skip
+
+
 class Fleet:
     """A repository with a branch for each pull request, and the fleet behind it."""
 
@@ -85,8 +94,10 @@ class Fleet:
         self.edit("rollout.yaml", "release: fsd-10.3.0", "release: fsd-10.2.0")
         self.commit("main")
         self.digests = {r: digest_of(self.repo, r) for r in RELEASES}
+        with writing(engine) as conn:
+            conn.execute(insert(devices), [car(f"car-{i:03d}", i) for i in range(400)])
         for i in range(400):
-            self.car(f"car-{i:03d}", "hw3" if i % 5 else "hw2", "fsd-10.2.0")
+            self.says(f"car-{i:03d}", "fsd-10.2.0")
         self.completed("fsd-10.2.0")
 
     def _git(self, *arguments: str) -> None:
@@ -112,16 +123,6 @@ class Fleet:
         self._git("checkout", "-q", "main")
         self.edit(file, old, new)
         self.commit(branch)
-
-    def car(self, name: str, hardware: str, release: str, status: str = "active") -> None:
-        with writing(self.engine) as conn:
-            conn.execute(
-                insert(devices).values(
-                    id=name, fleet="model-3-eu", status=status, created_at=NOW, change=1,
-                    labels={"model": "m3", "region": "eu", "hardware": hardware},
-                )
-            )  # fmt: skip
-        self.says(name, release)
 
     def says(self, name: str, release: str, history: Sequence[str] = ()) -> None:
         report = ComponentReport(release=release, digest=self.digests[release], committed=True)
