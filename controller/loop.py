@@ -34,6 +34,7 @@ from controller.rollout.model import (
     Proven,
     Rollout,
 )
+from controller.rollout.rollcall import Rollcall
 from controller.rollout.waves import Pinned
 from controller.rollout.world import (
     Action,
@@ -96,6 +97,7 @@ class Loop:
             if not self._loaded:
                 self._load(now)
             dirty = self._observe(now)
+            self._rollcall.pass_time(self._world(), now)
             taken = self._decide(now, dirty)
         except BaseException:
             self._loaded = False  # the database is the truth: read it again
@@ -133,6 +135,7 @@ class Loop:
         self._rejected: frozenset[str] = frozenset()
         self._head: Head | None = None
         self._notices: dict[str, str] = {}
+        self._noted: dict[str, str] = {}  # as the database has them
         self._evidence = Evidence(self._ports.reader)
         for rollout in self._rollouts.values():
             if rollout.active:
@@ -141,11 +144,13 @@ class Loop:
         self._recovered = False
         self._first = True
         self._observed = now
+        self._rollcall = Rollcall()
         self._loaded = True
 
     def _observe(self, now: float) -> set[str]:
         """Take in what changed; answers the devices whose order may have to change."""
         dirty: set[str] = set()
+        heard: list[str] = []
         reader = self._ports.reader
         with reading(self._ports.engine) as conn:
             changed, self._registry = store.load_devices(conn, self._registry)
@@ -159,24 +164,39 @@ class Loop:
         for device in changed:
             self._devices[device.id] = device
             dirty.add(device.id)
-        if holds != self._holds or stops != self._stops:
-            dirty |= set(self._devices)
+        people = holds != self._holds or stops != self._stops
         self._holds, self._stops, self._commands = holds, stops, commands
         self._rejected = rejected
         for row in reader.devices_changed(self._change):
+            before = self._seen.get(row.device)
             self._seen[row.device] = row
             self._change = max(self._change, row.change)
-            dirty.add(row.device)
+            if before is not None and row.says_the_same(before):
+                heard.append(row.device)
+            else:
+                dirty.add(row.device)
         self._hear(reader.hearing(), now)
         self._evidence.read()
-        self._head = self._ports.heads.current()
+        head = self._ports.heads.current()
+        wanted = people or head is not self._head
+        self._head = head
+        world = self._world()
         if self._first:
             terms = [row.term for row in self._seen.values()]
             self._recovered = not self._rollouts and any(terms)
-            dirty |= set(self._devices)
             self._first = False
+            self._observed = now
+            self._rollcall.take(self._world(), now)
+            return set(self._devices)
+        self._rollcall.devices(world, sorted(dirty), now)
+        self._rollcall.contacts(world, heard, now)
+        if wanted:
+            self._rollcall.people(world, now)
+        if people:
+            dirty |= set(self._devices)
         waited = holdout.ended(self._rollouts.values(), self._pinned, self._observed, now)
-        dirty |= {d.id for d in self._devices.values() if d.fleet in waited}
+        if waited:
+            dirty |= {d.id for d in self._devices.values() if d.fleet in waited}
         self._observed = now
         return dirty
 
@@ -221,6 +241,7 @@ class Loop:
             unscored=fleet_size - with_score,
             min_exposure=float(spec.min_exposure),
         )
+        self._rollcall.scored(self._world(), fleet)
 
     # -- decide and record ------------------------------------------------------------------------
 
@@ -246,13 +267,16 @@ class Loop:
             observations=self._evidence.observations(),
             watermark=self._evidence.watermark,
             recovered=self._recovered,
+            musters=self._rollcall.musters,
+            ended=self._rollcall.ended,
         )
 
     def _decide(self, now: float, dirty: set[str]) -> int:
         new_head = self._head is not None and self._head.commit != self._commit
         self._score(now)
-        actions = [] if new_head else reconcile.decide(self._world(), now)
-        if not (new_head or actions or dirty):
+        actions = [] if new_head else self._ask(now)
+        silent = all(isinstance(action, Notice) for action in actions)
+        if silent and not (new_head or dirty or self._notices != self._noted):
             return 0
         taken = 0
         with writing(self._ports.engine) as conn:
@@ -262,10 +286,8 @@ class Loop:
                 store.put_meta(conn, "recovered_at", now)
             if new_head and self._head is not None:
                 dirty |= self._accept(conn, self._head, now)
-                actions = reconcile.decide(self._world(), now)
-            notices: dict[str, str] = {}
+                actions = self._ask(now)
             for _ in range(MOST_ROUNDS):
-                notices = {a.name: a.sentence for a in actions if isinstance(a, Notice)}
                 actions = [a for a in actions if not isinstance(a, Notice)]
                 if not actions:
                     break
@@ -273,12 +295,22 @@ class Loop:
                     dirty |= self._apply(conn, action, now)
                 taken += len(actions)
                 self._score(now)
-                actions = reconcile.decide(self._world(), now)
+                actions = self._ask(now)
             self._order(conn, dirty, now)
-            if notices != self._notices:
-                store.put_meta(conn, "notices", notices)
-                self._notices = notices
+            if self._notices != self._noted:
+                store.put_meta(conn, "notices", self._notices)
+                self._noted = self._notices
         return taken
+
+    def _ask(self, now: float) -> list[Action]:
+        """What those that may have something to say answer."""
+        world = self._world()
+        awake = self._rollcall.awake(world, now)
+        actions = reconcile.decide(world, now, awake)
+        self._rollcall.answered(world, awake, actions, now)
+        if awake.opening:
+            self._notices = {a.name: a.sentence for a in actions if isinstance(a, Notice)}
+        return actions
 
     def _accept(self, conn: Connection, head: Head, now: float) -> set[str]:
         """A new accepted commit: its releases, holds and lifts become ours."""
@@ -298,6 +330,7 @@ class Loop:
             )
             self._documents[name] = release
         self._catalog = desired.Catalog(releases=self._documents)
+        self._rollcall.people(self._world(), now)
         for fleet in head.manifests.fleets.values():
             self._baseline(conn, fleet.name, fleet.baseline, now)
         store.put_meta(conn, "head_commit", head.commit)
@@ -328,7 +361,7 @@ class Loop:
             case Change():
                 return self._change_rollout(conn, action.rollout, now)
             case Put():
-                return self._put(conn, action)
+                return self._put(conn, action, now)
             case Decision():
                 self._record(conn, action, now)
             case Reject():
@@ -357,6 +390,7 @@ class Loop:
         self._pinned[rollout.id] = action.pinned
         self._members[rollout.id] = {}
         self._evidence.open(rollout, action.pinned, ())
+        self._rollcall.changed(self._world(), None, rollout, now)
         opened = Decision(
             rollout=rollout.id, kind="open", verdict="opened", sentence=rollout.sentence
         )
@@ -369,6 +403,7 @@ class Loop:
         self._rollouts[after.id] = after
         if before.active and not after.active:
             self._evidence.close(after.id)
+        self._rollcall.changed(self._world(), before, after, now)
         if before.state is not after.state:
             log.info(
                 "rollout",
@@ -381,13 +416,14 @@ class Loop:
             return set(self._members.get(after.id, {}))
         return set()
 
-    def _put(self, conn: Connection, action: Put) -> set[str]:
+    def _put(self, conn: Connection, action: Put, now: float) -> set[str]:
         store.put_members(conn, action.rollout, action.members)
         known = self._members.setdefault(action.rollout, {})
         for member in action.members:
             before = known.get(member.device)
             known[member.device] = member
             self._evidence.member(action.rollout, before, member)
+        self._rollcall.put(self._world(), action.rollout, action.members, now)
         return {m.device for m in action.members if m.arm in _ACTING}
 
     def _id(self, now: float) -> str:
@@ -458,6 +494,7 @@ class Loop:
         store.update_rollout(conn, rollout, after)
         self._rollouts[rollout.id] = after
         self._holds, self._rejected = store.load_holds(conn)
+        self._rollcall.people(self._world(), now)
         return set(self._members.get(rollout.id, {}))
 
     # -- orders -----------------------------------------------------------------------------------
@@ -481,6 +518,7 @@ class Loop:
             store.clear_orders(conn, gone)
         if rows:
             store.put_orders(conn, rows)
+        self._rollcall.devices(self._world(), [*gone, *(row["device"] for row in rows)], now)
 
     def _moved_since_order(self, device: Device) -> bool:
         order = self._orders.get(device.id)

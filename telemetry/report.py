@@ -42,6 +42,22 @@ class DeviceRow:
     history: tuple[HistoryEntry, ...] = ()
     log: str = ""
 
+    def says_the_same(self, before: DeviceRow) -> bool:
+        """Is this only another contact: nothing in it that anything is decided by, but its time?"""
+        return (
+            self.generation == before.generation
+            and self.term == before.term
+            and self.state is before.state
+            and self.reason == before.reason
+            and self.attempt == before.attempt
+            and self.blocked_by == before.blocked_by
+            and self.sleeping_until == before.sleeping_until
+            and (self.reported_at is None) == (before.reported_at is None)
+            and self.heard_clock >= before.heard_clock
+            and self.components == before.components
+            and self.history == before.history
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:

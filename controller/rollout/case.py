@@ -8,15 +8,17 @@ against the control's silence; only one that never confirmed is a failed update.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from controller.rollout.follow import AFTER_COMMIT
 from controller.rollout.gate import AbortFailed, Case, Outcome, Past, Silence, StepLimits
 from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
-from controller.rollout.standing import Standing
+from controller.rollout.standing import Alike, Standing
 from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import World
 from device_agent.protocol import State
 from telemetry.evidence.observations import Observations
+from telemetry.report import DeviceRow
 
 CLEAN_DEVICES = 4.0  # ÷ n: the share that n devices without failure refute at β = 0.10
 
@@ -24,10 +26,14 @@ __all__ = ["Case", "build"]
 
 
 def build(
-    world: World, rollout: Rollout, pinned: Pinned, wave: Wave, seen: Standing, now: float
+    world: World,
+    rollout: Rollout,
+    pinned: Pinned,
+    wave: Wave,
+    seen: Standing,
+    groups: Mapping[Alike, int],
 ) -> Case:
     """The case of the current step of this rollout."""
-    members = list(world.members.get(rollout.id, {}).values())
     strategy, step = pinned.rollout.strategy, wave.step
     abort = strategy.abort_failed
     extended = float(rollout.flags.get("extended_at", 0.0))
@@ -42,13 +48,13 @@ def build(
             min_reporting=strategy.min_reporting,
             reporting=seen.reporting,
             updated=seen.updated,
-            margins=_margins(wave, rollout, members),
+            margins=_margins(wave, rollout, groups),
             fix=wave.fixes is not None,
             valid_from=rollout.flags.get("valid_from"),
         ),
         observations=world.observations.get(rollout.id, Observations()),
-        outcomes=_outcomes(world, rollout, members),
-        silence=_silence(members),
+        outcomes=_outcomes(groups),
+        silence=_silence(groups),
         abort_failed=AbortFailed(count=abort.count, share=abort.share) if abort else None,
         max_failed=strategy.max_failed,
         history=_history(world, rollout),
@@ -58,24 +64,24 @@ def build(
     )
 
 
-def _margins(wave: Wave, rollout: Rollout, members: list[Member]) -> dict[str, float]:
+def _margins(wave: Wave, rollout: Rollout, groups: Mapping[Alike, int]) -> dict[str, float]:
     """The step's own margins. A fix's first wave is as large as the fault was: few devices prove
     less, and expose fewer, so that the share to refute is what so many clean devices can refute.
     """
     margins = dict(wave.step.margins)
     if wave.fixes:
-        size = sum(m.step == rollout.step and m.arm is Arm.EXPOSED for m in members)
+        size = sum(n for a, n in groups.items() if a.step == rollout.step and a.arm is Arm.EXPOSED)
         for name in ("failed", "lost"):
             provable = min(0.9, CLEAN_DEVICES / max(size, 1))
             margins[name] = max(margins.get(name, 0.0), provable)
     return margins
 
 
-def _outcomes(world: World, rollout: Rollout, members: list[Member]) -> tuple[Outcome, ...]:
+def _outcomes(groups: Mapping[Alike, int]) -> tuple[Outcome, ...]:
     counted: dict[tuple[int, str], Counter[str]] = {}
-    for member in members:
-        if member.arm is Arm.EXPOSED and (word := _outcome(world, member)):
-            counted.setdefault((member.step, member.hardware), Counter())[word] += 1
+    for alike, n in groups.items():
+        if alike.arm is Arm.EXPOSED and alike.word:
+            counted.setdefault((alike.step, alike.hardware), Counter())[alike.word] += n
     return tuple(
         Outcome(
             wave=wave,
@@ -91,9 +97,8 @@ def _outcomes(world: World, rollout: Rollout, members: list[Member]) -> tuple[Ou
     )
 
 
-def _outcome(world: World, member: Member) -> str:
+def outcome(member: Member, row: DeviceRow | None) -> str:
     """What became of one member; empty when it has not begun."""
-    row = world.seen.get(member.device)
     match member.state:
         case MemberState.UPDATED:
             return "committed"
@@ -111,16 +116,15 @@ def _outcome(world: World, member: Member) -> str:
     return ""
 
 
-def _silence(members: list[Member]) -> tuple[Silence, ...]:
+def _silence(groups: Mapping[Alike, int]) -> tuple[Silence, ...]:
     counted: dict[tuple[int, str], Counter[str]] = {}
-    for member in members:
-        if member.state is MemberState.LEFT or member.exposed_at is None:
+    for alike, n in groups.items():
+        if alike.state is MemberState.LEFT or not alike.exposed or alike.arm is Arm.RETURNING:
             continue
-        if member.arm is Arm.RETURNING:
-            continue
-        words = counted.setdefault((member.step, member.hardware), Counter())
-        words[member.arm] += 1
-        words[f"{member.arm} silent"] += member.state is MemberState.SILENT
+        words = counted.setdefault((alike.step, alike.hardware), Counter())
+        words[alike.arm] += n
+        if alike.state is MemberState.SILENT:
+            words[f"{alike.arm} silent"] += n
     return tuple(
         Silence(
             wave=wave,
@@ -141,9 +145,16 @@ def _history(world: World, rollout: Rollout) -> tuple[Past, ...]:
     for other in sorted(world.rollouts.values(), key=lambda r: (r.opened_at, r.id)):
         if other.fleet != rollout.fleet or other.state is not RolloutState.COMPLETED:
             continue
-        members = [m for m in world.members.get(other.id, {}).values() if m.arm is Arm.EXPOSED]
-        failed = sum(m.state is MemberState.FAILED for m in members)
-        updated = sum(m.state is MemberState.UPDATED for m in members)
+        failed, updated = ended(world, other)
         if failed + updated:
             past.append(Past(failed=failed, started=failed + updated))
     return tuple(past[-5:])
+
+
+def ended(world: World, rollout: Rollout) -> tuple[int, int]:
+    """(failed, updated) of a rollout that has ended: they stand still from then on."""
+    if (known := world.ended.get(rollout.id)) is not None:
+        return known
+    members = [m for m in world.members.get(rollout.id, {}).values() if m.arm is Arm.EXPOSED]
+    failed = sum(m.state is MemberState.FAILED for m in members)
+    return failed, sum(m.state is MemberState.UPDATED for m in members)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from controller.manifests.kinds import OnFailure, OnInconclusive
 from controller.rollout import case as casework
@@ -26,16 +27,20 @@ from controller.rollout.standing import Standing, deaf, standing
 from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import Action, Change, Decision, Look, Prove, Reject, World
 
+if TYPE_CHECKING:
+    from controller.rollout.muster import Muster
+
 SOAK_GRAIN = 0.25  # seconds: soak is written no finer than this
 LOOKS = 48  # kept of the evidence while a step soaks
+COARSEST = 10.0  # seconds: nor coarser, however long the step
 
 
 def judge_step(
-    world: World, rollout: Rollout, pinned: Pinned, wave: Wave, now: float
+    world: World, rollout: Rollout, pinned: Pinned, wave: Wave, muster: Muster, now: float
 ) -> Iterator[Action]:
-    seen = standing(world, rollout, now)
-    rollout, soaked = _soak(world, rollout, pinned, seen, now)
-    case = casework.build(world, rollout, pinned, wave, seen, now)
+    seen = standing(muster.groups, rollout.step)
+    rollout, soaked = _soak(world, rollout, pinned, wave, seen, now)
+    case = casework.build(world, rollout, pinned, wave, seen, muster.groups)
     judgement = judge(case)
     if deaf(world, now) and rollout.flags.get("promoted") != rollout.step:
         yield from _deaf(world, rollout, now)
@@ -63,7 +68,7 @@ def _deaf(world: World, rollout: Rollout, now: float) -> Iterator[Action]:
 
 
 def _soak(
-    world: World, rollout: Rollout, pinned: Pinned, seen: Standing, now: float
+    world: World, rollout: Rollout, pinned: Pinned, wave: Wave, seen: Standing, now: float
 ) -> tuple[Rollout, bool]:
     """The rollout with its soak advanced to now, and whether the step is soaking at all."""
     share = pinned.rollout.strategy.min_reporting
@@ -73,9 +78,27 @@ def _soak(
     if not (begun and heard) or rollout.state not in ADMITTING:
         return replace(rollout, soak_mark=None), False
     mark = rollout.soak_mark if rollout.soak_mark is not None else now
-    if now - mark < SOAK_GRAIN and rollout.soak_mark is not None:
+    until = soaks_on(rollout, wave)
+    if until is not None and mark <= now < until:
         return rollout, True
-    return replace(rollout, soak=rollout.soak + (now - mark), soak_mark=now), True
+    return replace(rollout, soak=rollout.soak + max(0.0, now - mark), soak_mark=now), True
+
+
+def soaks_on(rollout: Rollout, wave: Wave) -> float | None:
+    """When the soak of a step that soaks is written next; None while it does not soak.
+
+    As fine as the step can tell apart, at once when a limit is reached; a kill loses no more.
+    """
+    if rollout.soak_mark is None:
+        return None
+    step = wave.step
+    grain = min(max(SOAK_GRAIN, step.soak.total_seconds() / 200), COARSEST)
+    limits = [step.soak.total_seconds()]
+    if step.max_soak is not None:
+        extended = float(rollout.flags.get("extended_at", 0.0))
+        limits.append(step.max_soak.total_seconds() + extended)
+    left = [limit - rollout.soak for limit in limits if limit > rollout.soak]
+    return rollout.soak_mark + min([grain, *left])
 
 
 def _passes(
@@ -300,11 +323,16 @@ def _looked(rollout: Rollout, wave: Wave) -> str:
 
 def _overdue(rollout: Rollout, pinned: Pinned, now: float) -> str:
     """Why a person should look: the rollout is older than its progress deadline."""
-    deadline = pinned.rollout.strategy.progress_deadline
-    since = float(rollout.flags.get("resumed_at", rollout.opened_at))
-    if now - since <= deadline.total_seconds():
+    if now <= deadline(rollout, pinned):
         return ""
-    return f"the progress deadline of {deadline} has passed: `resume` gives it another"
+    limit = pinned.rollout.strategy.progress_deadline
+    return f"the progress deadline of {limit} has passed: `resume` gives it another"
+
+
+def deadline(rollout: Rollout, pinned: Pinned) -> float:
+    """The moment after which this rollout, still admitting, asks a person."""
+    since = float(rollout.flags.get("resumed_at", rollout.opened_at))
+    return since + pinned.rollout.strategy.progress_deadline.total_seconds()
 
 
 def _inconclusive(

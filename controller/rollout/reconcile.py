@@ -18,60 +18,62 @@ Rules, in order of urgency:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from controller.rollout import opening, standing, step
-from controller.rollout.model import (
-    ACTIVE,
-    ActiveHold,
-    Arm,
-    Member,
-    MemberState,
-    Rollout,
-    RolloutState,
-)
-from controller.rollout.world import Action, Change, Command, Decision, Finish, Put, World
+from controller.rollout import muster as musters
+from controller.rollout import opening, retreat, step
+from controller.rollout.model import ACTIVE, ActiveHold, Arm, Rollout, RolloutState
+from controller.rollout.retreat import NEVER_TOLD, rejecting
+from controller.rollout.world import Action, Change, Command, Decision, Finish, World
 
 _ENDED_BACK = frozenset({RolloutState.ROLLED_BACK, RolloutState.ROLLING_BACK})
-_NEVER_TOLD = frozenset({MemberState.DRAWN, MemberState.LEFT})
 
 
-def decide(world: World, now: float) -> list[Action]:
-    """The next actions; an empty list means that the world is as it should be."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Awake:
+    """What may have something to say: what was touched since it was asked last, or is due now.
+
+    Whatever is left out would answer nothing; `controller.rollout.rollcall` knows that.
+    """
+
+    rollouts: frozenset[str]
+    opening: bool  # the manifests, holds or rollouts changed: may a commit open something?
+
+
+def decide(world: World, now: float, awake: Awake | None = None) -> list[Action]:
+    """The next actions; an empty list means that the world is as it should be.
+
+    `awake` only leaves out what has nothing to say; without it everything is asked, and the members
+    of every rollout are counted from the beginning. The answer is the same.
+    """
     actions: list[Action] = []
-    for rollout in sorted(world.rollouts.values(), key=lambda r: r.id):
-        actions += _one(world, rollout, now)
+    told: set[str] = set()  # devices told in this turn: one component in flight per device
+    for name in sorted(world.rollouts if awake is None else awake.rollouts):
+        actions += _one(world, world.rollouts[name], told, now)
     actions += _commands(world, now)
-    actions += opening.decide(world, now)
+    if awake is None or awake.opening:
+        actions += opening.decide(world, now)
     return actions
 
 
-def _one(world: World, rollout: Rollout, now: float) -> Iterator[Action]:
+def next_look(world: World, rollout: Rollout, now: float) -> float:
+    """When time alone may change the answer of a rollout that has nothing to say at `now`."""
+    if rollout.state is RolloutState.ROLLING_BACK:
+        ended = float(rollout.flags.get("ended_at", now))
+        return now if now <= ended else math.inf
+    return step.next_look(world, rollout, now) if rollout.state in ACTIVE else math.inf
+
+
+def _one(world: World, rollout: Rollout, told: set[str], now: float) -> Iterator[Action]:
     hold = rejecting(world, rollout)
     if hold is not None and _ends(rollout, hold):
         yield from _end(world, rollout, hold, now)
     elif rollout.state is RolloutState.ROLLING_BACK:
-        yield from _going_back(world, rollout, hold, now)
+        yield from retreat.going_back(world, rollout, musters.of(world, rollout, now), now)
     elif rollout.state in ACTIVE:
-        yield from step.advance(world, rollout, now)
-
-
-def rejecting(world: World, rollout: Rollout) -> ActiveHold | None:
-    """The newest hold in force against this rollout's own digest, of its fleet."""
-    found = [
-        hold
-        for hold in world.holds
-        if hold.fleet == rollout.fleet
-        and (
-            hold.digest == rollout.digest
-            or (rollout.active and hold.rejects(rollout.digest, rollout.artifacts))
-        )
-    ]
-    if not found:
-        return None
-    # The stronger word wins: a rollback is not weakened by a later "stay".
-    return max(found, key=lambda hold: (hold.to != "stay", hold.created_at))
+        yield from step.advance(world, rollout, musters.of(world, rollout, now), told, now)
 
 
 def _ends(rollout: Rollout, hold: ActiveHold) -> bool:
@@ -84,7 +86,7 @@ def _ends(rollout: Rollout, hold: ActiveHold) -> bool:
 
 def _end(world: World, rollout: Rollout, hold: ActiveHold, now: float) -> Iterator[Action]:
     members = world.members.get(rollout.id, {})
-    told = sum(m.arm is not Arm.CONTROL and m.state not in _NEVER_TOLD for m in members.values())
+    told = sum(m.arm is not Arm.CONTROL and m.state not in NEVER_TOLD for m in members.values())
     if hold.to == "stay":
         state, verb = RolloutState.HELD, "HELD"
         after = f"{told} devices stay as they are, none is told any more"
@@ -113,87 +115,6 @@ def _end(world: World, rollout: Rollout, hold: ActiveHold, now: float) -> Iterat
         sentence=sentence,
         inputs={"hold": hold.id, "to": hold.to, "actor": hold.actor, "told": told},
     )
-
-
-def _going_back(
-    world: World, rollout: Rollout, hold: ActiveHold | None, now: float
-) -> Iterator[Action]:
-    members = world.members.get(rollout.id, {})
-    changed = [
-        back
-        for member in members.values()
-        if (back := _came_back(world, rollout, hold, member, now)) is not member
-    ]
-    if changed:
-        yield Put(rollout=rollout.id, members=tuple(changed))
-        return
-    told = [m for m in members.values() if m.arm is not Arm.CONTROL and m.state not in _NEVER_TOLD]
-    away = [m for m in told if m.state is not MemberState.BACK]
-    patience = standing.patience(world, rollout)
-    bound = [m for m in away if _has_nowhere_to_go(world, rollout, hold, m, now)]
-    away = [m for m in away if m not in bound]
-    if any(standing.reachable(world, m.device, patience, now) for m in away):
-        return
-    n = len(told) - len(away) - len(bound)
-    sentence = rollout.sentence.replace("ROLLING BACK", "ROLLED BACK")
-    sentence = sentence.replace("devices go back to what each ran before", "devices were told it")
-    sentence += f"; {n} are back"
-    if away:
-        sentence += f", {len(away)} not reached yet: each goes back at its next contact"
-    if bound:
-        sentence += f", {len(bound)} ran nothing before and wait for the fix-forward"
-    yield Change(
-        rollout=replace(
-            rollout,
-            state=RolloutState.ROLLED_BACK,
-            sentence=sentence,
-            revision=rollout.revision + 1,
-            finished_at=now,
-            updated_at=now,
-        )
-    )
-    yield Decision(
-        rollout=rollout.id,
-        kind="state",
-        verdict=str(RolloutState.ROLLED_BACK),
-        sentence=sentence,
-        inputs={
-            "back": n,
-            "unreached": sorted(m.device for m in away)[:1000],
-            "nowhere": sorted(m.device for m in bound)[:1000],
-        },
-    )
-
-
-def _has_nowhere_to_go(
-    world: World, rollout: Rollout, hold: ActiveHold | None, member: Member, now: float
-) -> bool:
-    """Is there no other set for this device? Known once its order could have been composed."""
-    if now <= float(rollout.flags.get("ended_at", now)):
-        return False
-    rejected = hold.artifacts if hold else frozenset(rollout.artifacts.values())
-    order = world.orders.get(member.device)
-    return order is None or any(told.digest in rejected for told in order.components.values())
-
-
-def _came_back(
-    world: World, rollout: Rollout, hold: ActiveHold | None, member: Member, now: float
-) -> Member:
-    if member.state in (MemberState.BACK, MemberState.LEFT, MemberState.DRAWN):
-        return member
-    if member.arm is Arm.CONTROL:
-        return member
-    device = world.devices.get(member.device)
-    if device is None or not device.governed or device.fleet != rollout.fleet:
-        return replace(member, state=MemberState.LEFT, left_at=now, updated_at=now)
-    row, order = world.seen.get(member.device), world.orders.get(member.device)
-    rejected = hold.artifacts if hold else frozenset(rollout.artifacts.values())
-    if row is None or any(report.digest in rejected for report in row.components.values()):
-        return member
-    # Its word must be newer than our order back: before that it may be about to start.
-    if order is None or (row.term, row.generation) < (order.term, order.generation):
-        return member
-    return replace(member, state=MemberState.BACK, reason="", updated_at=now)
 
 
 def _commands(world: World, now: float) -> Iterator[Action]:

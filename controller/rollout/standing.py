@@ -6,20 +6,31 @@ Pure. A device is within reach while it was heard within the patience, on the he
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from controller.rollout.follow import unheard
-from controller.rollout.model import (
-    Arm,
-    Member,
-    MemberState,
-    Rollout,
-)
+from controller.rollout.model import Arm, MemberState, Rollout
 from controller.rollout.world import World
 
 HEARTBEATS = 6  # of silence, before a device counts as silent
 HEARTBEAT = 60.0  # seconds; the agent's default
 HEARD_LATELY = 5.0  # seconds since our own probe came through that are no outage
+
+
+class Alike(NamedTuple):
+    """What members that are counted together have in common."""
+
+    step: int
+    arm: Arm
+    hardware: str
+    state: MemberState
+    near: bool  # heard within the patience
+    exposed: bool  # its exposure has begun
+    word: str  # what became of it, as the gate counts it: committed, failed, …; "": not begun
+    note: str  # drawn: why it is not told; told: "deferred" where the device says why it waits
+    bound: bool = False  # going back: it has nowhere to go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,20 +87,20 @@ def reachable(world: World, device: str, patience: float, now: float) -> bool:
     return row is not None and unheard(row, world.hearing, now) <= patience
 
 
-def standing(world: World, rollout: Rollout, now: float) -> Standing:
-    """Count the current step's members (the returning ones belong to no step)."""
-    limit = patience(world, rollout)
+def standing(groups: Mapping[Alike, int], step: int) -> Standing:
+    """Count the members of a step (the returning ones belong to no step)."""
     counted: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for member in world.members.get(rollout.id, {}).values():
-        if member.step != rollout.step or member.arm is not Arm.EXPOSED:
+    for alike, n in groups.items():
+        if alike.step != step or alike.arm is not Arm.EXPOSED:
             continue
-        near = reachable(world, member.device, limit, now)
-        counted[_standing(member, near)] += 1
-        if near and member.state is MemberState.DRAWN and member.reason:
-            reasons[member.reason] += 1
-        counted["told"] += member.state not in (MemberState.DRAWN, MemberState.LEFT)
-        counted["reporting"] += member.state is MemberState.UPDATED and near
+        counted[_standing(alike)] += n
+        if alike.state is MemberState.DRAWN and alike.note:
+            reasons[alike.note] += n
+        if alike.state not in (MemberState.DRAWN, MemberState.LEFT):
+            counted["told"] += n
+        if alike.state is MemberState.UPDATED and alike.near:
+            counted["reporting"] += n
     return Standing(
         told=counted["told"],
         updated=counted["updated"],
@@ -104,11 +115,11 @@ def standing(world: World, rollout: Rollout, now: float) -> Standing:
     )
 
 
-def _standing(member: Member, near: bool) -> str:
-    if member.state is MemberState.DRAWN:
-        return "untold" if near else "offline"
-    if member.state is MemberState.TOLD:
-        if not near:
+def _standing(alike: Alike) -> str:
+    if alike.state is MemberState.DRAWN:
+        return "untold" if alike.near else "offline"
+    if alike.state is MemberState.TOLD:
+        if not alike.near:
             return "offline"
-        return "deferred" if member.reason else "waiting"
-    return str(member.state)
+        return "deferred" if alike.note else "waiting"
+    return str(alike.state)

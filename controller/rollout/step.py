@@ -15,27 +15,27 @@ Pure. Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from controller.rollout import drawing, judging, telling
 from controller.rollout.follow import follow
-from controller.rollout.model import (
-    ADMITTING,
-    Member,
-    Rollout,
-    RolloutState,
-)
+from controller.rollout.model import ADMITTING, Member, Rollout, RolloutState
 from controller.rollout.standing import patience
 from controller.rollout.world import Action, Put, World
 
+if TYPE_CHECKING:
+    from controller.rollout.muster import Muster
 
-def advance(world: World, rollout: Rollout, now: float) -> Iterator[Action]:
+
+def advance(
+    world: World, rollout: Rollout, muster: Muster, busy: set[str], now: float
+) -> Iterator[Action]:
     """The next actions of an active rollout."""
     pinned = world.pinned[rollout.id]
-    members = world.members.get(rollout.id, {})
-    followed = list(_followed(world, rollout, members.values(), now))
-    if followed:
-        yield Put(rollout=rollout.id, members=tuple(followed))
+    if muster.moving:
+        yield Put(rollout=rollout.id, members=tuple(_followed(world, rollout, muster, now)))
         return
     wave = pinned.waves[rollout.step]
     if rollout.flags.get("drawn") != rollout.step:
@@ -43,27 +43,38 @@ def advance(world: World, rollout: Rollout, now: float) -> Iterator[Action]:
             yield from drawing.draw_step(world, rollout, pinned, wave, now)
         return
     if rollout.state in ADMITTING:
-        told = list(telling.told(world, rollout, pinned, wave, now))
+        told = tuple(telling.told(world, rollout, wave, muster, busy, now))
         if told:
-            yield Put(rollout=rollout.id, members=tuple(told))
+            yield Put(rollout=rollout.id, members=told)
             return
-    yield from judging.judge_step(world, rollout, pinned, wave, now)
+    yield from judging.judge_step(world, rollout, pinned, wave, muster, now)
 
 
-def _followed(
-    world: World, rollout: Rollout, members: Iterable[Member], now: float
-) -> Iterator[Member]:
-    limit = patience(world, rollout)
-    for member in members:
-        after = follow(
-            member,
+def next_look(world: World, rollout: Rollout, now: float) -> float:
+    """When time alone may change the answer, of a rollout that has nothing to say at `now`."""
+    pinned = world.pinned[rollout.id]
+    if rollout.state not in ADMITTING or rollout.flags.get("drawn") != rollout.step:
+        return math.inf
+    wave = pinned.waves[rollout.step]
+    muster = world.musters[rollout.id]
+    moments = [
+        judging.soaks_on(rollout, wave),
+        judging.deadline(rollout, pinned),
+        telling.next_look(wave, muster, now),
+    ]
+    return min((at for at in moments if at is not None), default=math.inf)
+
+
+def _followed(world: World, rollout: Rollout, muster: Muster, now: float) -> Iterator[Member]:
+    limit, members = patience(world, rollout), world.members[rollout.id]
+    for device in sorted(muster.moving):
+        yield follow(
+            members[device],
             rollout,
-            world.devices.get(member.device),
-            world.seen.get(member.device),
+            world.devices.get(device),
+            world.seen.get(device),
             hearing=world.hearing,
             patience=limit,
             deaf=world.deaf,
             now=now,
         )
-        if after is not member:
-            yield after

@@ -6,55 +6,58 @@ a requirement, a window or another component says so in its reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from controller.rollout import opening, windows
-from controller.rollout.cohort import rank
 from controller.rollout.desired import satisfied, stopped
-from controller.rollout.model import (
-    Arm,
-    Member,
-    MemberState,
-    Rollout,
-)
-from controller.rollout.standing import patience, reachable
+from controller.rollout.model import Arm, Member, MemberState, Rollout
+from controller.rollout.standing import Alike
 from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import World
 
+if TYPE_CHECKING:
+    from controller.rollout.muster import Muster
+
 
 def told(
-    world: World, rollout: Rollout, pinned: Pinned, wave: Wave, now: float
+    world: World, rollout: Rollout, wave: Wave, muster: Muster, busy: set[str], now: float
 ) -> Iterator[Member]:
-    """Members that are told now, and those whose reason for waiting has changed."""
+    """Members that are told now, and those whose reason for waiting has changed.
+
+    `busy`: devices that another rollout tells in this very turn; whom we tell is added.
+    """
     if held_back(world, rollout):
         return
     members = world.members.get(rollout.id, {})
-    ours = [m for m in members.values() if m.step == rollout.step and m.arm is Arm.EXPOSED]
-    room = _room(world, rollout, wave, ours, now)
-    waiting = [m for m in ours if m.state is MemberState.DRAWN]
-    waiting.sort(key=lambda m: rank(f"{rollout.seed}/tell", m.device))
-    for member in waiting:
-        row = world.seen.get(member.device)
-        if row is None or not reachable(world, member.device, patience(world, rollout), now):
-            continue
-        why = _waits(world, rollout, pinned, member, now)
-        if why:
-            if why != member.reason:
-                yield replace(member, reason=why, updated_at=now)
+    for device in sorted(muster.unsaid):
+        yield replace(members[device], reason=muster.why(device), updated_at=now)
+    room = _room(rollout, wave, muster, now)
+    for device in muster.ready if room > 0 else ():
+        if device in busy:
             continue
         if room <= 0:
-            continue
+            break
         room -= 1
+        busy.add(device)
         yield replace(
-            member,
+            members[device],
             state=MemberState.TOLD,
             reason="",
             attempt=f"{rollout.id}.{rollout.step}",
             told_at=now,
-            previous=opening.previous(row, rollout),
+            previous=opening.previous(world.seen[device], rollout),
             updated_at=now,
         )
+
+
+def next_look(wave: Wave, muster: Muster, now: float) -> float | None:
+    """When the minute of `maxPerMinute` lets somebody go who is ready; None: none waits for it."""
+    if wave.step.max_per_minute is None or not muster.ready:
+        return None
+    oldest = muster.told_next(now - 60)
+    return None if oldest is None else oldest + 60
 
 
 def held_back(world: World, rollout: Rollout) -> str:
@@ -68,39 +71,44 @@ def held_back(world: World, rollout: Rollout) -> str:
     return "suspended" if edited is not None and edited.suspend else ""
 
 
-def _room(world: World, rollout: Rollout, wave: Wave, members: Iterable[Member], now: float) -> int:
+def _room(rollout: Rollout, wave: Wave, muster: Muster, now: float) -> int:
     room = 1 << 30
-    members = list(members)
-    limit = patience(world, rollout)
     if wave.step.max_concurrent is not None:
-        flying = sum(
-            m.state is MemberState.TOLD and not m.reason and reachable(world, m.device, limit, now)
-            for m in members
-        )
+        flying = sum(n for alike, n in muster.groups.items() if _in_flight(alike, rollout.step))
         room = min(room, wave.step.max_concurrent - flying)
     if wave.step.max_per_minute is not None:
-        lately = sum(m.told_at is not None and m.told_at > now - 60 for m in members)
-        room = min(room, wave.step.max_per_minute - lately)
+        room = min(room, wave.step.max_per_minute - muster.told_since(now - 60))
     return room
 
 
-def _waits(world: World, rollout: Rollout, pinned: Pinned, member: Member, now: float) -> str:
+def _in_flight(alike: Alike, step: int) -> bool:
+    ours = alike.step == step and alike.arm is Arm.EXPOSED
+    return ours and alike.state is MemberState.TOLD and not alike.note and alike.near
+
+
+def waits(
+    world: World,
+    rollout: Rollout,
+    pinned: Pinned,
+    member: Member,
+    others: Sequence[str],
+    now: float,
+) -> str:
+    """Why a drawn member within reach may not be told now; empty when it may.
+
+    `others`: the ids of the other active rollouts.
+    """
     device, row = world.devices[member.device], world.seen[member.device]
     if stopped(device, rollout.artifacts.values(), world.stops):
         return "stopped"
     closed = windows.closed(pinned.rollout.windows, device, now)
     if closed:
         return closed
-    for other_id, others in world.members.items():
-        other = others.get(member.device)
-        if other_id != rollout.id and other is not None and _flying(world, other_id, other):
+    for name in others:
+        other = world.members.get(name, {}).get(member.device)
+        if other is not None and other.state is MemberState.TOLD and other.arm is not Arm.CONTROL:
             return "component_busy"
     versions = {c: world.catalog.version(c, r.digest) for c, r in row.components.items()}
     versions |= dict.fromkeys(rollout.artifacts, pinned.release.version)
     met, why = satisfied(pinned.release, versions)
     return "" if met else why
-
-
-def _flying(world: World, rollout: str, member: Member) -> bool:
-    active = world.rollouts[rollout].active if rollout in world.rollouts else False
-    return active and member.state is MemberState.TOLD and member.arm is not Arm.CONTROL

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controller.manifests.reader import Manifests
 from controller.rollout.desired import Catalog
@@ -24,6 +24,9 @@ from controller.rollout.model import (
 from controller.rollout.waves import Pinned
 from telemetry.evidence.ledger import Observations
 from telemetry.report import DeviceRow
+
+if TYPE_CHECKING:
+    from controller.rollout.muster import Muster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,9 @@ class World:
     watermark: int
     heard_at: float | None = None  # server time of our last own probe; None: nobody asked
     recovered: bool = False  # the database was wiped: unfinished work opens Paused
+    # Rollout id → its members as counted so far; where one is missing they are counted anew.
+    musters: Mapping[str, Muster] = field(default_factory=dict)
+    ended: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # (failed, updated), so far
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
