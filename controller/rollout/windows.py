@@ -40,7 +40,7 @@ def word(windows: Sequence[Window], zone: str, now: float) -> str:
 
 def instant(windows: Sequence[Window], now: float) -> float:
     """What `word` depends on of the time: the minute, where windows begin and end with minutes."""
-    whole = all(len(w.schedule.split()) == 5 and w.duration.seconds % 60 == 0 for w in windows)
+    whole = all(len(w.schedule.split()) == 5 and w.duration.total_seconds() % 60 == 0 for w in windows)
     return now // 60 * 60 if whole else now
 
 
