@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from controller.rollout import drawing, judging, telling
+from controller.rollout import drawing, holdout, judging, telling
 from controller.rollout.follow import follow
 from controller.rollout.model import ADMITTING, Member, Rollout, RolloutState
 from controller.rollout.standing import patience
@@ -53,7 +53,10 @@ def advance(
 def next_look(world: World, rollout: Rollout, now: float) -> float:
     """When time alone may change the answer, of a rollout that has nothing to say at `now`."""
     pinned = world.pinned[rollout.id]
-    if rollout.state not in ADMITTING or rollout.flags.get("drawn") != rollout.step:
+    if rollout.flags.get("drawn") != rollout.step:
+        free = holdout.until(rollout, pinned)  # whom it keeps out may be the members
+        return free if free > now else math.inf
+    if rollout.state not in ADMITTING:
         return math.inf
     wave = pinned.waves[rollout.step]
     muster = world.musters[rollout.id]

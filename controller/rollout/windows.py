@@ -40,8 +40,11 @@ def word(windows: Sequence[Window], zone: str, now: float) -> str:
 
 def instant(windows: Sequence[Window], now: float) -> float:
     """What `word` depends on of the time: the minute, where windows begin and end with minutes."""
-    whole = all(len(w.schedule.split()) == 5 and w.duration.total_seconds() % 60 == 0 for w in windows)
-    return now // 60 * 60 if whole else now
+    return now // 60 * 60 if all(_by_the_minute(window) for window in windows) else now
+
+
+def _by_the_minute(window: Window) -> bool:
+    return len(window.schedule.split()) == 5 and window.duration.total_seconds() % 60 == 0
 
 
 def _inside(window: Window, zone: str, now: float) -> bool:
