@@ -49,6 +49,13 @@ class Settings(BaseSettings):
     auth: Literal["loopback", "required"] = Field(
         "loopback", description="loopback: who reaches it without a token is the local admin"
     )
+    oidc_issuer: str = Field("", description="identity provider: its issuer URL; none: tokens only")
+    oidc_audience: str = Field("", description="`aud` of bearer JWTs for the API; none: no JWTs")
+    oidc_client_id: str = Field("", description="our client at the provider; none: no page login")
+    oidc_client_secret_file: Path | None = Field(None, description="file with the client's secret")
+    oidc_jwks: str = Field("", description="file or URL of its keys; none: by discovery")
+    oidc_roles: Path | None = Field(None, description="TOML file: which claims give which roles")
+    notify: Path | None = Field(None, description="TOML file: who is told of what")
     webhook_secret_file: Path | None = Field(None, description="file with the Git webhook's secret")
     allowed_signers: Path | None = Field(None, description="ssh allowed-signers file for commits")
     forge: str | None = Field(
@@ -73,6 +80,14 @@ class Settings(BaseSettings):
         if value and urlsplit(value).scheme not in ("http", "https"):
             raise ValueError("write http://HOST:PORT or https://HOST")
         return value.rstrip("/")
+
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _an_issuer(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and parts.scheme != "https" and not is_loopback(parts.hostname or ""):
+            raise ValueError("write https://ISSUER: plain http is for a provider on this machine")
+        return value
 
     @field_validator("broker")
     @classmethod
@@ -101,6 +116,14 @@ class Settings(BaseSettings):
             shown = f"[{host}]" if ":" in host else host
             values["public_url"] = f"http://{shown}:{port}"
         return values
+
+    @model_validator(mode="after")
+    def _identity_is_whole(self) -> Settings:
+        if self.oidc_issuer and self.oidc_roles is None:
+            raise ValueError("oidc_roles: name a TOML file: without it nobody gets a role")
+        if not self.oidc_issuer and (self.oidc_audience or self.oidc_client_id):
+            raise ValueError("oidc_issuer: name the provider, as in https://id.example.com")
+        return self
 
     @model_validator(mode="after")
     def _closed_beyond_loopback(self) -> Settings:

@@ -41,6 +41,28 @@ def serve(
     public_url: Annotated[
         str | None, typer.Option(help="How devices reach this server's HTTP.")
     ] = None,
+    oidc_issuer: Annotated[
+        str | None, typer.Option(help="Identity provider: its issuer URL.")
+    ] = None,
+    oidc_audience: Annotated[
+        str | None, typer.Option(help="Audience of bearer JWTs for the API.")
+    ] = None,
+    oidc_client_id: Annotated[
+        str | None, typer.Option(help="Our client at the provider, for the login of pages.")
+    ] = None,
+    oidc_client_secret_file: Annotated[
+        Path | None, typer.Option(help="The secret of that client.")
+    ] = None,
+    oidc_jwks: Annotated[
+        str | None, typer.Option(help="File or URL of its keys; by discovery without it.")
+    ] = None,
+    oidc_roles: Annotated[
+        Path | None, typer.Option(help="TOML file: which claims give which roles.")
+    ] = None,
+    notify: Annotated[Path | None, typer.Option(help="TOML file: who is told of what.")] = None,
+    rate_limit: Annotated[
+        float | None, typer.Option(help="Requests a second of one caller; 0: any. [default: 50]")
+    ] = None,
     webhook_secret_file: Annotated[
         Path | None, typer.Option(help="Secret that signs the Git webhook.")
     ] = None,
@@ -84,6 +106,14 @@ def serve(
         "role": role,
         "auth": auth,
         "public_url": public_url,
+        "oidc_issuer": oidc_issuer,
+        "oidc_audience": oidc_audience,
+        "oidc_client_id": oidc_client_id,
+        "oidc_client_secret_file": oidc_client_secret_file,
+        "oidc_jwks": oidc_jwks,
+        "oidc_roles": oidc_roles,
+        "notify": notify,
+        "rate_limit": rate_limit,
         "webhook_secret_file": webhook_secret_file,
         "allowed_signers": allowed_signers,
         "forge": forge,

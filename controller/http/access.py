@@ -91,6 +91,9 @@ def _presented(request: Request) -> Principal | None:
     deps = request.app.state.deps
     scheme, credential = _authorization(request)
     if scheme == "bearer":
+        person: Principal | None = request.app.state.identity.bearer(credential)
+        if person is not None:
+            return person
         row = tokens.check(deps.engine, credential, deps.clock())
         if row is None:
             raise unauthorized("the token is unknown, expired or revoked")

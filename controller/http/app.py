@@ -12,11 +12,12 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from controller.broker_admin import BrokerUnavailable
-from controller.http import contract, plans, problems, reads, services, session, verbs
+from controller.http import contract, identity, plans, problems, reads, services, session, verbs
 from controller.http.dashboard import pages
 from controller.http.devicebook import DeviceBook
 from controller.http.events import Events
 from controller.http.guard import Guard
+from controller.http.identity import Identity
 from controller.http.lanes import Lanes
 from controller.http.ports import Deps
 
@@ -42,12 +43,14 @@ def create_app(deps: Deps) -> FastAPI:
     app.state.lanes = Lanes(deps.settings.rate_limit)
     app.state.events = Events(deps.engine)
     app.state.local_csrf = secrets.token_urlsafe(32)
+    app.state.identity = Identity(deps)
     problems.install(app)
     app.add_exception_handler(session.LoginNeeded, session.to_login)
     pages.install(app, deps)
     # The more special paths come first: `/devices/{d}:move` before anything that takes any name.
     routers = (
         verbs.router, plans.router, services.api, reads.router, services.router, session.router,
+        identity.router,
         *pages.routers,
     )  # fmt: skip
     for router in routers:

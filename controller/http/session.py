@@ -93,15 +93,26 @@ def login_page(
     return _login_page(request, safe_next(next_), "")
 
 
+def login_again(request: Request, path: str, problem: str) -> Response:
+    """The login page, with what went wrong."""
+    return _login_page(request, path, problem)
+
+
 def _login_page(request: Request, path: str, problem: str) -> Response:
     csrf = request.cookies.get(LOGIN_COOKIE, "")
     if not 20 <= len(csrf) <= 64:
         csrf = secrets.token_urlsafe(24)
-    shown = {"csrf": csrf, "next": path, "problem": problem, "title": "Log in"}
+    shown = {
+        "csrf": csrf,
+        "next": path,
+        "problem": problem,
+        "title": "Log in",
+        "provider": _provider(request),
+    }
     page = rendering.page(request, "login.html", None, shown, 403 if problem else 200)
     page.set_cookie(
         LOGIN_COOKIE, csrf, max_age=3600, path="/login", httponly=True, samesite="strict",
-        secure=_secure(request),
+        secure=secure(request),
     )  # fmt: skip
     return page
 
@@ -138,7 +149,7 @@ def logout(request: Request, deps: Given, form: Form) -> Response:
     answer = RedirectResponse("/login", 303)
     answer.delete_cookie(
         access.cookie_name(request), path="/", httponly=True, samesite="lax",
-        secure=_secure(request),
+        secure=secure(request),
     )  # fmt: skip
     return answer
 
@@ -146,7 +157,7 @@ def logout(request: Request, deps: Given, form: Form) -> Response:
 def set_session(request: Request, answer: Response, opened: sessions.Opened, now: float) -> None:
     answer.set_cookie(
         access.cookie_name(request), opened.cookie, max_age=int(opened.expires_at - now), path="/",
-        httponly=True, samesite="lax", secure=_secure(request),
+        httponly=True, samesite="lax", secure=secure(request),
     )  # fmt: skip
     answer.headers["Cache-Control"] = "no-store"
 
@@ -178,5 +189,11 @@ def _here(request: Request) -> str:
     return safe_next(request.url.path + query) if request.method == "GET" else "/"
 
 
-def _secure(request: Request) -> bool:
+def _provider(request: Request) -> bool:
+    """Is there an identity provider to log in at?"""
+    provider = request.app.state.identity.provider
+    return provider is not None and bool(provider.for_pages)
+
+
+def secure(request: Request) -> bool:
     return access.cookie_name(request).startswith("__Host-")
