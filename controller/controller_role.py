@@ -27,7 +27,7 @@ from controller.fleetrepo import FleetRepo
 from controller.forge import Forge, open_forge
 from controller.gitwatch import GitWatch
 from controller.keys import DirectorKey, recorder_key
-from controller.lease import Lease
+from controller.lease import Lease, lowest
 from controller.loop import Loop, Ports
 from controller.orders import Issuer
 from controller.recorder import Recorder
@@ -73,10 +73,11 @@ def run(
 def _above_all_heard(reader: TelemetryReader) -> int:
     """Devices may know a higher term than a restored or wiped database does."""
     try:
-        return 1 + max((row.term for row in reader.devices_changed(0)), default=0)
+        heard = max((row.term for row in reader.devices_changed(0)), default=0)
     except SQLAlchemyError as error:  # a rollback does not wait for telemetry
         log.warning("telemetry_unavailable", detail=str(error).splitlines()[0])
-        return 1
+        heard = 0
+    return lowest(heard, time.time())
 
 
 def _forge(settings: Settings) -> Forge | None:

@@ -107,6 +107,9 @@ class Observed:
 
     sent: Sequence[Sent] = ()
     hold_marks: Mapping[str, int] = field(default_factory=dict)  # hold → orders gone before it
+    lift_marks: Mapping[str, int] = field(
+        default_factory=dict
+    )  # hold → orders gone before its lift
     take_overs: Sequence[tuple[int, float]] = ()  # (term, when)
     devices: Sequence[Seen] = ()
     deaf: Sequence[tuple[float, float]] = ()  # [from, to] in which nothing could be heard

@@ -99,6 +99,7 @@ def _held_wire(look: Look) -> Iterator[Finding]:
             mark = look.seen.hold_marks.get(hold["id"])
             later = index >= mark if mark is not None else sent.at > hold["created_at"]
             lifted = hold["lifted_at"] is not None and sent.at >= hold["lifted_at"]
+            lifted = lifted or index >= look.seen.lift_marks.get(hold["id"], len(look.seen.sent))
             told = {one.digest for one in order.components.values()}
             held = told & set(hold["artifacts"])
             if not later or lifted or not held or _ran(look, sent, held):

@@ -28,7 +28,18 @@ from telemetry.store.database import reading, writing
 
 log = structlog.get_logger()
 
+EPOCH = 1_577_836_800.0  # 2020-01-01: until 2088 the seconds since then fit into 31 bits
 HUNG = 300.0  # seconds without a turn of the loop after which it counts as hung
+
+
+def lowest(heard: int, now: float) -> int:
+    """The lowest term that a controller may begin with.
+
+    Above all that devices were heard to obey, and not below the seconds since `EPOCH`: a database
+    that was wiped or restored while the devices could not be heard must not begin with a term that
+    was used before. (A term rises by one at each take-over, so the clock is always ahead of it.)
+    """
+    return max(heard + 1, int(now - EPOCH))
 
 
 class Lease:

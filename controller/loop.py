@@ -53,7 +53,7 @@ from controller.rollout.world import (
     World,
 )
 from controller.store import rollouts as store
-from device_agent.protocol import Kind, Reason
+from device_agent.protocol import Kind, Reason, State
 from telemetry import metrics
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import bands, score
@@ -63,6 +63,7 @@ log = structlog.get_logger()
 
 MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
 SCORES_LAST = 10.0  # seconds that a fleet's scores are used before they are computed again
+BACK_AGAIN = 300.0  # seconds after which a rollback that failed on its device is ordered again
 _ACTING = frozenset({Arm.EXPOSED, Arm.RETURNING})
 
 
@@ -590,5 +591,13 @@ def _stale(last: Order | None, row: DeviceRow | None, now: float) -> bool:
         return False
     if (row.term, row.generation) > (last.term, last.generation):
         return True  # it obeys a newer word than ours: a restored backup, or another controller
+    if _way_back_failed(last, row) and now - last.at > BACK_AGAIN:
+        return True
     waits_for_lease = Reason.LEASE_EXPIRED in row.blocked_by and last.kind == Kind.INSTALL
     return waits_for_lease and row.generation == last.generation
+
+
+def _way_back_failed(last: Order, row: DeviceRow) -> bool:
+    """Could the device not go back, for want of a download or a disk? It is asked again."""
+    mine = row.state is State.FAILED and row.generation == last.generation
+    return mine and last.kind == Kind.ROLLBACK

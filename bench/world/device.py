@@ -22,7 +22,7 @@ from device_agent.protocol import Channel, ComponentReport, Kind, Reason, State
 from device_agent.trust import lease_holds
 from device_agent.update import Limits, Record
 
-HEARTBEAT = 5.0  # seconds between health messages
+HEARTBEAT = 6.0  # seconds between health messages
 RECONNECT = 1.5
 SETTINGS = Settings(
     limits=Limits(trial_soak=1.0, trial_deadline=40.0), resend_after=8.0, facts_fresh=30.0
@@ -89,6 +89,11 @@ class Device:
     @property
     def agent(self) -> Agent | None:
         return self._agent
+
+    @property
+    def in_service(self) -> bool:
+        """Not dead, and not cut off by what it runs."""
+        return self.alive and not self._silenced()
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -257,7 +262,9 @@ class Device:
     def _disk(self, effect: update.Effect) -> Reason | None:
         match effect:
             case update.Fetch():
-                return Reason.DOWNLOAD_FAILED if self._chance.random() < self.flaky else None
+                there = all(self.disk.holds(item) for item in effect.items)
+                fails = not there and self._chance.random() < self.flaky
+                return Reason.DOWNLOAD_FAILED if fails else None
             case update.Install():
                 self.disk.install(effect.items)
             case update.Activate():
@@ -357,7 +364,7 @@ class Device:
                 for s in self.disk.started
             ),
             acknowledged=frozenset(self.acknowledged),
-            settled=idle and self._connected and not len(self.outbox),
+            settled=idle and self._connected,
             honest=not self.liar,
         )
 

@@ -23,6 +23,7 @@ from bench.world.wire import Wire
 from controller import commands
 from controller.gitwatch import GitWatch
 from controller.keys import DirectorKey
+from controller.lease import lowest
 from controller.loop import Loop, Ports
 from controller.orders import Issuer
 from controller.recorder import Recorder
@@ -114,7 +115,7 @@ class Controller:
         self._loop = self._watch = None
         heard = max((row.term for row in reader.devices_changed(0)), default=0)
         with writing(engine) as conn:
-            self.term = store.take_over(conn, heard + 1)
+            self.term = store.take_over(conn, lowest(heard, self._heap.now))
         self.take_overs.append((self.term, self._heap.now))
         self._watch = GitWatch(
             engine,
@@ -156,8 +157,12 @@ class Controller:
             self.process.stop()
 
     def _poll(self) -> None:
-        if self._watch is not None:
+        if self._watch is None:
+            return
+        try:
             self._watch.poll(self._heap.now)
+        except store.Fenced as error:  # the loop's next turn ends the process
+            self._trace(f"{self.process.name} is fenced: {error}")
 
 
 class IngestProcess:
@@ -213,6 +218,7 @@ class People:
         self._heap, self._points, self._databases, self._wire = heap, points, databases, wire
         self._trace = trace
         self.hold_marks: dict[str, int] = {}  # hold → messages that had left when it committed
+        self.lift_marks: dict[str, int] = {}
 
     def ask(self, kind: str, rollout: str | None, body: Mapping[str, Any] | None = None) -> bool:
         """Record a command; False when it was refused, or the API died."""
@@ -230,11 +236,12 @@ class People:
                 self._trace(f"eve asks {kind} {rollout}: the API died")
                 return False
         self._trace(f"eve asks {kind} {rollout}: {recorded.sentence}")
-        if kind in ("rollback", "hold"):
+        if kind in ("rollback", "hold", "lift"):
             self._mark()
         return True
 
     def _mark(self) -> None:
         with reading(self._databases.control) as conn:
-            for (hold,) in conn.execute(select(holds.c.id).where(holds.c.lifted_at.is_(None))):
-                self.hold_marks.setdefault(hold, len(self._wire.sent))
+            for hold, lifted in conn.execute(select(holds.c.id, holds.c.lifted_at)):
+                marks = self.hold_marks if lifted is None else self.lift_marks
+                marks.setdefault(hold, len(self._wire.sent))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from controller.manifests.reader import read
+
 COMPONENT = "app"
 ROLLOUT = "cars"
 
@@ -48,6 +50,12 @@ def release(version: str, *, fixes: str | None = None, requires: Sequence[str] =
     if requires:
         spec["install"] = {"requires": list(requires)}
     return _document("Release", f"app-{version}", spec)
+
+
+def digest_of(version: str, requires: Sequence[str] = ()) -> str:
+    """The release digest that the reader gives this release."""
+    found = read({"x.yaml": release(version, requires=requires).encode()})
+    return found.manifests.releases[f"app-{version}"].digest
 
 
 def rollout(

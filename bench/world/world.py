@@ -31,8 +31,8 @@ from controller.store.tables import devices as registry
 from telemetry.store.database import writing
 
 START = 1_800_000_000.0
-BEAT = 4.0  # seconds; less than the gap that still counts as heard (5 s)
-POLL = 16.0
+BEAT = 4.8  # seconds; less than the gap that still counts as heard (5 s)
+POLL = 30.0
 
 
 class World:
@@ -173,6 +173,12 @@ class World:
         self.trace(f"git is away for {seconds:.0f} s")
         self.heap.after(seconds, self._git_back)
 
+    def heal(self) -> None:
+        """Who was stopped comes back; the newest controller leads, the others stay away."""
+        self.ingest.process.again()
+        self._listen()
+        self.controllers[-1].process.again()
+
     def second_controller(self) -> None:
         """Somebody starts another one while the first still runs."""
         another = self._controller(f"controller-{len(self.controllers) + 1}")
@@ -203,6 +209,7 @@ class World:
         return Observed(
             sent=[Sent(at=s.at, device=s.device, body=s.payload) for s in self.wire.sent],
             hold_marks=dict(self.people.hold_marks),
+            lift_marks=dict(self.people.lift_marks),
             take_overs=[mark for one in self.controllers for mark in one.take_overs],
             devices=[device.seen() for device in self.devices.values()],
             deaf=deaf,
