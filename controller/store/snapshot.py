@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from typing import Any
 
@@ -57,20 +56,22 @@ def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Table
         reports=devices,
         health=counted,
         boots=boots,
-        sums=_sums(reports.engine) if sums else (),
+        sums=_sums(reports) if sums else (),
         hearing_at=None if heard is None else float(heard),
     )
 
 
-def _sums(engine: Engine) -> list[tuple[str, str, float, float]]:
+def _sums(store: Store) -> list[tuple[str, str, float, float]]:
     """(device, counter, total of raw messages, total of rollups)."""
     raw: dict[tuple[str, str], float] = defaultdict(float)
     rolled: dict[tuple[str, str], float] = defaultdict(float)
-    health, rollups = telemetry.health, telemetry.rollups
-    with reading(engine) as conn:
-        for device, counters in conn.execute(select(health.c.device, health.c.counters)):
-            for name, n in json.loads(counters).items():
-                raw[device, name] += n
+    batch, rollups = 0, telemetry.rollups
+    while rows := store.health_since(batch):
+        batch = max(row.batch for row in rows)
+        for row in rows:
+            for name, n in row.counters.items():
+                raw[row.device, name] += n
+    with reading(store.engine) as conn:
         query = select(rollups.c.device, rollups.c.name, rollups.c.total)
         for device, name, total in conn.execute(query.where(rollups.c.kind == Kind.COUNTER.value)):
             rolled[device, name] += total

@@ -74,21 +74,22 @@ def test_one_leads_and_the_one_that_was_stopped_stands_by_when_it_wakes(
 
     first.freeze()
     eventually(lambda: "leading" in second.said(), 30, "the second one takes over")
-    assert row(engine).term == term + 1
+    second_term = row(engine).term
+    assert second_term > term
 
     first.thaw()
     eventually(lambda: "standing_by" in first.said(), 30, "the first one wakes, and stands by")
     assert "fenced" in first.said()
     until, beats = time.monotonic() + 3 * float(LEASE), row(engine).beat
     while time.monotonic() < until:  # no turns are taken: nobody leads but the second one
-        assert row(engine).term == term + 1
+        assert row(engine).term == second_term
         time.sleep(0.1)
     assert row(engine).beat > beats
     assert first.said().count("leading") == 1
 
     second.kill()
     eventually(lambda: first.said().count("leading") == 2, 30, "the first one takes over again")
-    assert row(engine).term == term + 2
+    assert row(engine).term > second_term
     before = checked_git(engine)
     eventually(lambda: checked_git(engine) > before, 30, "and works")
     first.child.terminate()
@@ -102,8 +103,10 @@ def test_a_killed_controller_is_back_without_waiting_for_its_own_lease(
 ) -> None:  # fmt: skip
     words = ["serve", "--role", "controller", "--repo", repository, "--database", postgres_url]
     words += ["--broker", mosquitto, "--state-dir", str(tmp_path)]
+    terms = [0]
     for n in (1, 2):
         ours = processes.start(f"c{n}", *words, BELLWETHER_LEASE="3600")
         eventually(lambda ours=ours: "leading" in ours.said(), 30, "it leads")
         ours.kill()
-        assert row(engine).term == n
+        terms.append(row(engine).term)
+    assert terms == sorted(set(terms))
