@@ -6,6 +6,7 @@ state directory, by the command line; without either, documents are compared wit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,11 +16,12 @@ from controller.gitwatch import assess
 from controller.manifests.kinds import Release
 from controller.rollout.desired import Catalog
 from controller.rollout.model import Device
-from controller.rollout.plan import Commit, Plan, Told, assumed, plan
+from controller.rollout.plan import Commit, Plan, assumed, plan
+from controller.rollout.power import History, history
 from controller.rollout.waves import Pinned
 from controller.rollout.world import Head, Scored, World
 from controller.store import rollouts as store
-from telemetry.report import TelemetryReader
+from telemetry.report import TelemetryReader, Totals
 from telemetry.score import bands, score
 from telemetry.store.database import reading
 
@@ -46,7 +48,8 @@ def against_fleet(
         }
         before, after = (_commit(tree, known, devices) for tree in (base, head))
         world = _world(conn, reader, after.head, devices, known, now)
-    return plan(before, after, world, now, measured=True, told=Told())
+    past = _past(after.head, devices, reader, now)
+    return plan(before, after, world, now, measured=True, past=past)
 
 
 def documents_only(base: Tree, head: Tree, now: float) -> Plan:
@@ -121,6 +124,36 @@ def _scores(
             at=now, values=values, unscored=size - scored, min_exposure=float(spec.min_exposure)
         )
     return scores
+
+
+def _past(
+    head: Head, devices: Mapping[str, Device], reader: TelemetryReader, now: float
+) -> dict[str, History]:
+    """What each fleet's own baselines are; no longer ago than we have listened."""
+    listened = max(reader.hearing()[0] / 86_400, 1 / 24)
+    found = {}
+    for fleet in head.manifests.fleets.values():
+        policy = head.manifests.policies.get(fleet.health_policy)
+        if policy is None:
+            continue
+        days = min(policy.judged.engine.baseline_days, listened)
+        totals = reader.totals(since=now - days * 86_400, until=now)
+        ours = {d.id: d for d in devices.values() if d.fleet == fleet.name and d.governed}
+        kinds = Counter(d.hardware for d in ours.values())
+        shares = {name: n / len(ours) for name, n in sorted(kinds.items())}
+        found[fleet.name] = history(_only(totals, ours), policy.judged, days, shares)
+    return found
+
+
+def _only(totals: Totals, devices: Mapping[str, Device]) -> Totals:
+    """The rows of these devices."""
+    rows = [i for i, name in enumerate(totals.devices) if name in devices]
+    return Totals(
+        devices=[totals.devices[i] for i in rows],
+        counters={name: values[rows] for name, values in totals.counters.items()},
+        exposure={name: values[rows] for name, values in totals.exposure.items()},
+        levels={name: values[rows] for name, values in totals.levels.items()},
+    )
 
 
 def _nobody(head: Head) -> World:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -30,6 +30,7 @@ from controller.manifests.reader import Manifests, Problem
 from controller.rollout import drawing, gate, holdout, opening, schedule
 from controller.rollout.desired import Catalog, in_range, satisfied
 from controller.rollout.model import ActiveHold, Arm, Device, Member, Rollout, RolloutState
+from controller.rollout.power import GatePower, History, PlannedWave, power
 from controller.rollout.standing import patience, reachable
 from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import Change, Decision, Head, Notice, Open, Put, World
@@ -68,7 +69,8 @@ class PlannedStep:
     ends: float
     soak: float  # seconds
     waits_for: str = ""  # a person's word, after it
-    gates: tuple[str, ...] = ()  # what it can prove, and what it cannot
+    gates: tuple[str, ...] = ()  # what a clean step must show
+    power: tuple[GatePower, ...] = ()  # which rise is seen, how surely, by when
     warnings: tuple[str, ...] = ()
     conclusive: bool = True  # are there enough devices for a verdict at all?
 
@@ -129,13 +131,6 @@ class Commit:
     problems: tuple[Problem, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What other parts say of a step: `power` of its gates, one sentence each."""
-
-    power: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
-
-
 def plan(
     base: Commit,
     head: Commit,
@@ -143,9 +138,9 @@ def plan(
     now: float,
     *,
     measured: bool,
-    told: Told | None = None,
+    past: Mapping[str, History] | None = None,
 ) -> Plan:
-    """What would happen if `head` were accepted now in this world."""
+    """What would happen if `head` were accepted now in this world; `past`: by fleet."""
     before, after = base.head.manifests, head.head.manifests
     world = replace(
         world,
@@ -159,7 +154,7 @@ def plan(
         rollouts.append(
             _blocked(name, before, after, head.head)
             or _removed(name, before, after)
-            or _opened(name, before, world, opened, now, measured, told or Told())
+            or _opened(name, before, world, opened, now, measured, past or {})
             or _refused(name, before, after, notices)
             or _same(name, before, after)
         )
@@ -246,7 +241,7 @@ def _opened(
     opened: Mapping[str, Open],
     now: float,
     measured: bool,
-    told: Told,
+    past: Mapping[str, History],
 ) -> Planned | None:
     action = opened.get(name)
     if action is None:
@@ -269,7 +264,7 @@ def _opened(
         sentence = f"OPENS — {rollout.release} for {rollout.fleet}: {len(steps)} steps"
         return replace(base, steps=steps, sentence=sentence)
     drawn = list(_draw(world, rollout, action.pinned, now))
-    steps = tuple(_steps(world, rollout, action.pinned, drawn, now, told))
+    steps = tuple(_steps(world, rollout, action.pinned, drawn, now, past.get(rollout.fleet)))
     devices = [d for d in world.devices.values() if d.fleet == rollout.fleet]
     reached = {m.device for wave in drawn for m in wave.exposed}
     returning = {m.device for wave in drawn for m in wave.returning}
@@ -451,9 +446,10 @@ def _steps(
     pinned: Pinned,
     drawn: Sequence[_Drawn],
     now: float,
-    told: Told,
+    past: History | None,
 ) -> Iterator[PlannedStep]:
     begins, exposed = now, 0
+    powers = _power(pinned, drawn, past)
     world = replace(world, pinned={**world.pinned, _ID: pinned})
     limit = patience(world, replace(rollout, id=_ID))
     for each in drawn:
@@ -477,7 +473,8 @@ def _steps(
             ends=ends,
             soak=wave.step.soak.total_seconds(),
             waits_for="`promote`" if wave.step.pause is not None else "",
-            gates=gates + told.power.get((rollout.name, wave.index), ()),
+            gates=gates,
+            power=powers.get(wave.index, ()),
             warnings=each.warnings,
             conclusive=conclusive,
         )
@@ -489,13 +486,7 @@ def _gates(pinned: Pinned, wave: Wave, exposed: int, here: int) -> tuple[tuple[s
     last = wave.index == len(pinned.waves) - 1
     if not here or wave.fixes:
         return (), True
-    limits = gate.StepLimits(
-        wave=wave.index,
-        name=wave.name,
-        min_soak=wave.step.soak.total_seconds(),
-        margins=dict(wave.step.margins),
-    )
-    need = gate.needed(pinned.policy.judged, limits)
+    need = gate.needed(pinned.policy.judged, _limits(wave))
     enough = exposed >= need["devices"]
     verb = "enough" if enough else "too few"
     words = [f"{exposed} devices so far, {need['devices']} needed without failure: {verb}"]
@@ -514,6 +505,31 @@ def _gates(pinned: Pinned, wave: Wave, exposed: int, here: int) -> tuple[tuple[s
         rule = pinned.rollout.strategy.on_inconclusive.action
         words.append(f"it would end inconclusive, onInconclusive is {rule}: enlarge the step")
     return tuple(words), enough or last
+
+
+def _limits(wave: Wave) -> gate.StepLimits:
+    longest = wave.step.max_soak
+    return gate.StepLimits(
+        wave=wave.index,
+        name=wave.name,
+        min_soak=wave.step.soak.total_seconds(),
+        max_soak=longest.total_seconds() if longest is not None else None,
+        margins=dict(wave.step.margins),
+    )
+
+
+def _power(
+    pinned: Pinned, drawn: Sequence[_Drawn], past: History | None
+) -> dict[int, tuple[GatePower, ...]]:
+    """What each step with devices in it can see; nothing without a past."""
+    if past is None:
+        return {}
+    waves = [
+        PlannedWave(exposed=len(d.exposed), control=len(d.control), limits=_limits(d.wave))
+        for d in drawn
+        if d.exposed and not d.wave.fixes
+    ]
+    return {w.wave: w.gates for w in power(pinned.policy.judged, waves, past)}
 
 
 def _unmeasured(wave: Wave, now: float) -> PlannedStep:

@@ -15,6 +15,8 @@ from hashlib import sha256
 from typing import Any
 
 from controller.rollout.plan import Effect, Plan, Planned, PlannedStep, effects
+from controller.rollout.power import SURE
+from telemetry.policy import UPDATE_OK
 
 STICKY = "<!-- bellwether-plan -->"
 _SIGN = {
@@ -135,9 +137,10 @@ def _markdown_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
     for line in _facts(rollout):
         yield f"- {_escape(line)}"
     for i, step in enumerate(rollout.steps, 1):
-        if step.gates or step.warnings:
+        lines = _says(step)
+        if lines:
             flag = "" if step.conclusive else " ⚠️"
-            yield f"- step {i}{flag}: {_escape('; '.join((*step.gates, *step.warnings)))}"
+            yield f"- step {i}{flag}: {_escape('; '.join(lines))}"
 
 
 # -- plain text -----------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def _plain_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
             f"{step.control:,} as control, soak {span(step.soak)}{person}; "
             f"{size(step.download)}; ends {moment(step.ends) or 'never'} at the earliest"
         )
-        for line in (*step.gates, *step.warnings):
+        for line in _says(step):
             yield f"                {line}"
     if measured:
         yield f"      {_total(rollout)}"
@@ -216,6 +219,17 @@ def _facts(rollout: Planned) -> Iterator[str]:
         names = ", ".join(left.examples)
         more = ", …" if left.devices > len(left.examples) else ""
         yield f"{left.devices:,} × {left.why} ({names}{more})"
+
+
+def _says(step: PlannedStep) -> tuple[str, ...]:
+    """Power first: it is what the plan is read for. What a step alone cannot prove of failures,
+    the steps before it help to: `gates` counts them all."""
+    seen = (
+        gate.sentence
+        for gate in step.power
+        if gate.metric != UPDATE_OK or any(chance.by_max >= SURE for chance in gate.chances)
+    )
+    return (*seen, *step.gates, *step.warnings)
 
 
 def _unheard(step: PlannedStep) -> str:

@@ -41,7 +41,7 @@ class Words:
         return 1
 
     def hearing(self) -> tuple[float, float]:
-        return 1000.0, NOW
+        return 1_300_000.0, NOW
 
     def devices_changed(self, since: int) -> Sequence[DeviceRow]:
         return list(self.rows.values())
@@ -61,7 +61,7 @@ class Words:
             devices=names,
             counters={
                 "hard_braking": braking,
-                "intervention": zero,
+                "intervention": np.where(braking > 0, 4.0, 0.0),
                 "forward_collision_warning": zero,
             },
             exposure={"device_hour": hours, "km": hours * 40},
@@ -127,7 +127,7 @@ class Fleet:
     def says(self, name: str, release: str, history: Sequence[str] = ()) -> None:
         report = ComponentReport(release=release, digest=self.digests[release], committed=True)
         self.words.rows[name] = DeviceRow(
-            device=name, change=1, last_contact=NOW, heard_clock=1000.0, online=True,
+            device=name, change=1, last_contact=NOW, heard_clock=1_300_000.0, online=True,
             sleeping_until=None, boot="b", boot_count=1, reported_at=NOW, state=State.COMMITTED,
             components={"autopilot": report},
             history=tuple(
@@ -190,6 +190,9 @@ def test_a_new_release_is_planned_step_by_step(fleet: Fleet) -> None:
     assert all(a.ends <= b.begins for a, b in zip(one.steps, one.steps[1:], strict=False))
     assert one.steps[1].control > 0
     assert "is left" in one.steps[0].warnings[0]  # every perfect score is exposed
+    seen = {gate.metric: gate for gate in one.steps[1].power}
+    assert "intervention" in seen["intervention"].sentence
+    assert seen["intervention"].sentence in plan_text.plain(plan)
     assert one.download == sum(step.devices for step in one.steps) * 734_003_200
     assert plan.changes
     assert not plan.errors
