@@ -57,6 +57,7 @@ from device_agent.protocol import Kind, Reason, State
 from telemetry import metrics
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import bands, score
+from telemetry.score_days import ScoreDays
 from telemetry.store.database import reading, writing
 
 log = structlog.get_logger()
@@ -128,6 +129,7 @@ class Loop:
         self._change = 0
         self._health = 0
         self._scores: dict[str, Scored] = {}
+        self._days = ScoreDays(self._ports.reader)
         self._deaf: list[tuple[float, float]] = []
         self._hearing = self._ports.reader.hearing()
         self._holds: list[ActiveHold] = []
@@ -225,10 +227,9 @@ class Loop:
         spec = pinned.policy.score
         if spec is None:
             return
-        totals = self._ports.reader.totals(since=now - spec.window.total_seconds(), until=now)
         # Quintiles are of this fleet: another fleet's devices must not move its bands.
-        ours = totals.of(name for name, d in self._devices.items() if d.fleet == fleet)
-        result = score(ours, spec)
+        ours = {name for name, d in self._devices.items() if d.fleet == fleet}
+        result = score([day.of(ours) for day in self._days.read(spec, now)], spec)
         quintiles = bands(result)
         values: dict[str, tuple[float | None, int]] = {
             name: (None if value != value else float(value), int(band))

@@ -51,6 +51,7 @@ class Preset(StrEnum):
     LINEAR = "linear"
     PIF = "pif"
     TESLA_2021 = "tesla-2021"
+    REGRESSION = "regression"  # pif with multipliers fitted to the fleet's own `target` events
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +233,12 @@ class Factor:
             _finite(getattr(self, name))
         _require(self.good != self.bad, f"score factor {self.metric}: good and bad are equal")
         _require(self.weight >= 0, f"score factor {self.metric}: weight must be 0 or more")
+        for name in ("multiplier", "cap"):
+            value = getattr(self, name)
+            _require(
+                value is None or _finite(value) > 0,
+                f"score factor {self.metric}: {name} must be above 0",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +247,7 @@ class ScoreSpec:
     window: timedelta = timedelta(days=30)
     min_exposure: float = 20.0  # device hours; a device with less is unscored, never "100"
     factors: tuple[Factor, ...] = ()
+    target: str | None = None  # regression: the counter whose rate the factors shall predict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """The device score 0–100 with the parts that make it up: who goes first. Whole fleet at once.
 
-`linear`: value = max(0, 100 − Σ penalty), penalty = weight · clip((x − good) / (bad − good), 0, 1)
-where x is count / exposure · amount of the factor's unit, or the mean of a gauge.
-The other presets of the manifests are accepted, and scored by this formula until they are in force.
+One interface, four presets. `linear` is computed here: value = max(0, 100 − Σ penalty), penalty =
+weight · clip((x − good) / (bad − good), 0, 1), where x is count / exposure · amount of the factor's
+unit, or the mean of a gauge. `pif`, `tesla-2021` and `regression` predict a risk, day by day
+(`telemetry.risk`). Whichever it is: value = 100 − Σ parts.
 
 Rules, in order:
 
@@ -15,12 +16,13 @@ Rules, in order:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from telemetry.policy import Factor, ScoreSpec, unit_of
+from telemetry import risk
+from telemetry.policy import Factor, Preset, ScoreSpec, unit_of
 from telemetry.report import Totals
 
 HOURS = "device_hour"
@@ -41,6 +43,8 @@ class Part:
     bad: float
     weight: float
     penalty: float | None
+    multiplier: float | None = None  # presets of risk: of one unit of x
+    cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,12 @@ class Scores:
     exposure_hours: Floats
     parts: Mapping[str, Floats]
     x: Mapping[str, Floats]
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # presets of risk
+    note: str = ""  # what a person should know of a fit, or why nobody is scored
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        return risk.factors_of(self.spec)
 
     def explain(self, device: str) -> Explanation | None:
         """The arithmetic of one device; None for one that was never heard."""
@@ -69,7 +79,7 @@ class Scores:
             place = list(self.devices).index(device)
         except ValueError:
             return None
-        names = _names(self.spec.factors)
+        names = _names(self.factors)
         parts = tuple(
             Part(
                 metric=factor.metric,
@@ -79,8 +89,10 @@ class Scores:
                 bad=factor.bad,
                 weight=factor.weight,
                 penalty=_known(self.parts[name][place]),
+                multiplier=self.multipliers.get(name, factor.multiplier),
+                cap=factor.cap,
             )
-            for name, factor in zip(names, self.spec.factors, strict=True)
+            for name, factor in zip(names, self.factors, strict=True)
         )
         value, hours = _known(self.value[place]), float(self.exposure_hours[place])
         return Explanation(
@@ -88,12 +100,47 @@ class Scores:
             value=value,
             exposure_hours=hours,
             parts=parts,
-            sentence=_sentence(value, hours, parts, self.spec),
+            sentence=_sentence(value, hours, parts, self.spec, self.note),
         )
 
 
-def score(totals: Totals, spec: ScoreSpec) -> Scores:
-    """Scores of all devices in `totals`; O(devices × factors), in blocks."""
+def score(totals: Totals | Sequence[Totals], spec: ScoreSpec) -> Scores:
+    """Scores of all devices in `totals`: the window's sums, or its days (see `daily`)."""
+    if spec.preset is not Preset.LINEAR:
+        return _by_risk([totals] if isinstance(totals, Totals) else totals, spec)
+    if not isinstance(totals, Totals):
+        totals = risk.summed(risk.aligned(totals))
+    return _linear(totals, spec)
+
+
+def daily(spec: ScoreSpec) -> bool:
+    """Does this preset score day by day?"""
+    return spec.preset is not Preset.LINEAR
+
+
+def _by_risk(days: Sequence[Totals], spec: ScoreSpec) -> Scores:
+    days = risk.aligned(days)
+    devices = days[0].devices if days else []
+    names = _names(risk.factors_of(spec))
+    found = risk.score(days, spec, names)
+    hours = np.zeros(len(devices))
+    for day in days:
+        hours += day.exposure.get(HOURS, 0.0)
+    enough = (hours >= spec.min_exposure) & (hours > 0)
+    return Scores(
+        spec=spec,
+        devices=devices,
+        value=np.where(enough, found.value, np.nan),
+        exposure_hours=hours,
+        parts=found.parts,
+        x=found.x,
+        multipliers=found.multipliers,
+        note=found.note,
+    )
+
+
+def _linear(totals: Totals, spec: ScoreSpec) -> Scores:
+    """O(devices × factors), in blocks."""
     n = len(totals.devices)
     names = _names(spec.factors)
     value = np.full(n, 100.0)
@@ -157,16 +204,32 @@ def _known(number: float) -> float | None:
     return None if np.isnan(number) else float(number)
 
 
-def _sentence(value: float | None, hours: float, parts: Sequence[Part], spec: ScoreSpec) -> str:
+def _sentence(
+    value: float | None, hours: float, parts: Sequence[Part], spec: ScoreSpec, note: str
+) -> str:
     if hours < spec.min_exposure or hours == 0:
         return f"unscored: {hours:.1f} device hours of at least {spec.min_exposure:g}"
     unknown = [part.metric for part in parts if part.x is None]
     if value is None:
-        return f"unscored: nothing known of {', '.join(unknown)}"
+        return f"unscored: {note or 'nothing known of ' + ', '.join(unknown)}"
+    linear = spec.preset is Preset.LINEAR
     lost = [
-        f"{part.penalty:.1f} for {part.metric} ({part.x:.3g} per {part.per}; "
-        f"good {part.good:g}, bad {part.bad:g})"
+        f"{part.penalty:.1f} for {part.metric} ({_how(part, linear)})"
         for part in parts
-        if part.penalty and part.x is not None
+        if part.penalty and part.penalty >= 0.05 and part.x is not None
     ]
-    return f"{value:.1f} = 100 − " + " − ".join(lost) if lost else f"{value:.1f}: no penalty"
+    shown = f"{value:.1f} = 100 − " + " − ".join(lost) if lost else f"{value:.1f}: no penalty"
+    return shown if linear else f"{shown}; {_means(spec)}" + (f"; {note}" if note else "")
+
+
+def _how(part: Part, linear: bool) -> str:
+    if linear:
+        return f"{part.x:.3g} per {part.per}; good {part.good:g}, bad {part.bad:g}"
+    cap = f", counts up to {part.cap:g}" if part.cap is not None else ""
+    return f"{part.x:.3g} per {part.per}{cap}; × {part.multiplier or 1.0:.4g} of the risk for each"
+
+
+def _means(spec: ScoreSpec) -> str:
+    if spec.preset is Preset.TESLA_2021:
+        return "mean of the days, weighted by exposure: 115.38 − 22.53 × predicted collisions"
+    return "mean of the days, weighted by exposure: 25 points for each e-fold of the fleet's best"

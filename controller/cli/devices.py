@@ -71,7 +71,7 @@ def show_device(
         ("status", found["status"]),
         ("labels", labels),
         ("cohort", found["cohort"]),
-        ("score", _score(found)),
+        ("score", found["score"].get("sentence") or _score(found)),
         ("runs", _runs(found)),
         ("state", found["state"]),
         ("reason", found["reason"]),

@@ -22,6 +22,7 @@ from controller.store import views
 from device_agent.protocol import to_wire
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import Explanation, Scores, bands, score
+from telemetry.score_days import ScoreDays
 
 _SCORES_LAST = 10.0
 
@@ -43,6 +44,7 @@ class DeviceBook:
         self._seen: dict[str, DeviceRow] = {}
         self._change = 0
         self._scored: dict[str, _Scored] = {}
+        self._days = ScoreDays(reader)
         self._followers: list[Callable[[DeviceRow], None]] = []
 
     def follow(self, tell: Callable[[DeviceRow], None]) -> None:
@@ -119,8 +121,8 @@ class DeviceBook:
         if spec is None:
             cohorts = _cohorts(conn, fleet, pinned, {}, {})
             return _Scored(now, {}, cohorts, None, Counter(cohorts.values()))
-        totals = self._reader.totals(since=now - spec.window.total_seconds(), until=now)
-        result = score(totals.of(row.id for row in _of(conn, fleet)), spec)
+        ours = {row.id for row in _of(conn, fleet)}
+        result = score([day.of(ours) for day in self._days.read(spec, now)], spec)
         values = _values(result)
         quintiles = dict(zip(result.devices, (int(b) for b in bands(result)), strict=True))
         cohorts = _cohorts(conn, fleet, pinned, values, quintiles)

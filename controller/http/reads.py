@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -156,7 +156,12 @@ def device(device: str, deps: Given, book: Book, who: Viewer) -> Plain:
         rows = [row for row in _rows(conn, [device]) if who.sees(row.fleet)]
         if not rows:
             raise Problem(404, f"device {device[:80]!r}: unknown")
-        return book.describe(conn, rows)[0]
+        told = book.describe(conn, rows)[0]
+        explained = book.explain(conn, rows[0].fleet, device)
+        if explained is not None:
+            factors = [asdict(part) for part in explained.parts]
+            told["score"] = {**told["score"], "sentence": explained.sentence, "factors": factors}
+        return told
 
 
 @router.get("/releases", **says(answers.Releases))

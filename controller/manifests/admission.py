@@ -28,7 +28,6 @@ from controller.manifests.kinds import (
 )
 from controller.manifests.reader import Manifests, Problem, Reading
 from controller.manifests.text import dotted
-from telemetry.policy import Preset
 
 NOT_YET = "accepted and checked, not in force yet"
 Path = tuple[str | int, ...]
@@ -260,11 +259,8 @@ class _Rules:
                     path: Path = ("spec", "strategy", "steps", i, "keepBack")
                     yield self._notice("Rollout", rollout.name, path)
         for policy in self._all.policies.values():
-            preset = policy.score.preset is not Preset.LINEAR
             fields = [("goals", bool(policy.goals)), ("compare", bool(policy.compare))]
             yield from self._notices("HealthPolicy", policy.name, fields)
-            if preset:
-                yield self._notice("HealthPolicy", policy.name, ("spec", "score", "preset"))
 
     def _notices(
         self, kind: str, name: str, fields: Iterable[tuple[str, bool]]

@@ -105,14 +105,18 @@ def _gate(data: Any, path: Path) -> Gate:
 
 def _score(data: Mapping[str, Any]) -> ScoreSpec:
     path: Path = ("score",)
-    _only(data, ("preset", "window", "minExposure", "factors"), path)
+    _only(data, ("preset", "window", "minExposure", "factors", "target"), path)
     factors = tuple(
         _factor(item, (*path, "factors", i)) for i, item in enumerate(_list(data, "factors", path))
     )
+    preset: Preset = _word(Preset, data.get("preset", "linear"), (*path, "preset"))
+    target = str(data["target"]) if "target" in data else None
+    _fits_preset(preset, factors, target, path)
     return _make(
         path,
         lambda: ScoreSpec(
-            preset=_word(Preset, data.get("preset", "linear"), (*path, "preset")),
+            preset=preset,
+            target=target,
             window=_scalar(scalars.duration, data.get("window", "30d"), (*path, "window")),
             min_exposure=_scalar(
                 scalars.duration, data.get("minExposure", "20h"), (*path, "minExposure")
@@ -121,6 +125,31 @@ def _score(data: Mapping[str, Any]) -> ScoreSpec:
             factors=factors,
         ),
     )
+
+
+def _fits_preset(
+    preset: Preset, factors: tuple[Factor, ...], target: str | None, path: Path
+) -> None:
+    if preset is Preset.PIF:
+        for i, factor in enumerate(factors):
+            if factor.multiplier is None:
+                message = "preset pif needs a multiplier: how much one unit multiplies the risk"
+                raise Refused([((*path, "factors", i, "multiplier"), message)])
+    regressed = preset is Preset.REGRESSION
+    if regressed != (target is not None):
+        message = (
+            "preset regression needs a target: the counter that the factors shall predict"
+            if regressed
+            else "a target is for preset regression alone"
+        )
+        raise Refused([((*path, "target"), message)])
+    for i, factor in enumerate(factors if regressed else ()):
+        if factor.metric == target:
+            message = f"{target} is the target: a factor cannot predict itself"
+            raise Refused([((*path, "factors", i, "metric"), message)])
+        if factor.multiplier is not None:
+            message = "preset regression fits the multipliers: leave it out, or use preset pif"
+            raise Refused([((*path, "factors", i, "multiplier"), message)])
 
 
 def _factor(data: Any, path: Path) -> Factor:

@@ -137,6 +137,7 @@ def _policy() -> dict[str, Any]:
                     "preset": {"enum": list(policy.Preset)},
                     "window": _SCALAR,
                     "minExposure": _SCALAR,
+                    "target": _SCALAR,
                     "factors": {"type": "array", "items": _written(policy.Factor, {})},
                 },
             },
