@@ -64,7 +64,9 @@ log = structlog.get_logger()
 
 MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
 SCORES_LAST = 10.0  # seconds that a fleet's scores are used before they are computed again
-BACK_AGAIN = 300.0  # seconds after which a rollback that failed on its device is ordered again
+# Seconds before one order is issued again: a rollback that failed on its device, and a lease that
+# has passed by the device's clock (one that is wrong by years would ask for ever, at each report).
+AGAIN = 300.0
 _ACTING = frozenset({Arm.EXPOSED, Arm.RETURNING})
 
 
@@ -592,13 +594,12 @@ def _stale(last: Order | None, row: DeviceRow | None, now: float) -> bool:
         return False
     if (row.term, row.generation) > (last.term, last.generation):
         return True  # it obeys a newer word than ours: a restored backup, or another controller
-    if _way_back_failed(last, row) and now - last.at > BACK_AGAIN:
-        return True
+    if now - last.at <= AGAIN or row.generation != last.generation:
+        return False
     waits_for_lease = Reason.LEASE_EXPIRED in row.blocked_by and last.kind == Kind.INSTALL
-    return waits_for_lease and row.generation == last.generation
+    return waits_for_lease or _way_back_failed(last, row)
 
 
 def _way_back_failed(last: Order, row: DeviceRow) -> bool:
     """Could the device not go back, for want of a download or a disk? It is asked again."""
-    mine = row.state is State.FAILED and row.generation == last.generation
-    return mine and last.kind == Kind.ROLLBACK
+    return row.state is State.FAILED and last.kind == Kind.ROLLBACK

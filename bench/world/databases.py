@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,18 @@ _MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of our own is made in it
 NAMES = ("control", "telemetry")
 
 
+@contextmanager
+def memory_directory() -> Iterator[Path]:
+    """A directory on the memory file system, where there is one; gone at the end."""
+    where = str(_MEMORY) if _MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="bellwether-world-", dir=where) as name:
+        yield Path(name)
+
+
 class Databases:
-    def __init__(self) -> None:
-        root = str(_MEMORY) if _MEMORY.is_dir() else None
-        self.root = Path(tempfile.mkdtemp(prefix="bellwether-world-", dir=root))
+    def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self.root = root
         self.points = Points()
         self.control = self._open("control")
         self.telemetry = Store(self._open("telemetry"))
@@ -53,7 +63,6 @@ class Databases:
     def close(self) -> None:
         for engine in (self.control, self.telemetry.engine):
             engine.dispose()
-        shutil.rmtree(self.root, ignore_errors=True)
 
     def _open(self, name: str) -> Engine:
         url = f"sqlite:///{self.root / name}.now"

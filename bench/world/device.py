@@ -95,6 +95,12 @@ class Device:
         """Not dead, and not cut off by what it runs."""
         return self.alive and not self._silenced()
 
+    @property
+    def settled(self) -> bool:
+        """Nothing under way, and in touch."""
+        core = self._agent
+        return core is not None and core.state in update.TERMINAL and self._connected
+
     # -- life -------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -351,9 +357,7 @@ class Device:
 
     def seen(self) -> Seen:
         """The truth about this device, whatever it reports."""
-        core, saved = self._agent, self.journal.saved
-        record = saved or Record()
-        idle = core is not None and core.state in update.TERMINAL
+        record = self.journal.saved or Record()
         return Seen(
             device=self.name,
             active=dict(self.disk.active),
@@ -364,7 +368,7 @@ class Device:
                 for s in self.disk.started
             ),
             acknowledged=frozenset(self.acknowledged),
-            settled=idle and self._connected,
+            settled=self.settled,
             honest=not self.liar,
         )
 

@@ -6,6 +6,7 @@ names the points of death instead: so one script can be told once for every poin
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -36,6 +37,22 @@ class Outcome:
     devices: int
     virtual: float  # seconds of the world's own time
     death_points: tuple[str, ...] = ()
+
+
+def defect(seed: str, error: Exception) -> Outcome:
+    """What is told of a history that ended in an exception of ours."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+    finding = Finding(invariant="defect", what=what[:500], do="Replay the seed and read the trace")
+    return Outcome(
+        seed=seed,
+        findings=(finding,),
+        lines=tuple(traceback.format_exception(error)),
+        points=0,
+        deaths=0,
+        devices=0,
+        virtual=0.0,
+    )
 
 
 def run(
@@ -113,7 +130,8 @@ def _state(world: World) -> str:
             select(func.count()).where(desired.c.published.is_(False))
         ).scalar_one()
         states = conn.execute(select(rollouts.c.id, rollouts.c.state, rollouts.c.step)).all()
-    idle = all(d.seen().settled for d in world.devices.values() if d.in_service)
+    idle = all(d.settled for d in world.devices.values() if d.in_service)
+    idle = idle and all(row.state != "RollingBack" for row in states)
     return f"{states} {waiting} {'idle' if idle else 'busy'}"
 
 
@@ -139,7 +157,7 @@ def _unfinished(world: World) -> list[Finding]:
                     do="Look at outbox and broker",
                 )
             )
-    if stuck and all(d.seen().settled for d in world.devices.values() if d.in_service):
+    if stuck and all(d.settled for d in world.devices.values() if d.in_service):
         found.append(
             Finding(
                 invariant="I3",

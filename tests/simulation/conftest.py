@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.world.databases import Databases
+from bench.world.databases import Databases, memory_directory
 
 
 @pytest.fixture(scope="session")
 def databases() -> Iterator[Databases]:
-    made = Databases()
-    yield made
-    made.close()
+    with memory_directory() as root:
+        made = Databases(root)
+        yield made
+        made.close()
