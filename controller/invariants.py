@@ -102,7 +102,7 @@ def _held_wire(look: Look) -> Iterator[Finding]:
             lifted = lifted or index >= look.seen.lift_marks.get(hold["id"], len(look.seen.sent))
             told = {one.digest for one in order.components.values()}
             held = told & set(hold["artifacts"])
-            if not later or lifted or not held or _ran(look, sent, held):
+            if not later or lifted or not held or _stays(look, sent, hold, held, order):
                 continue
             device = look.devices.get(sent.device)
             if device is not None and device["fleet"] == hold["fleet"]:
@@ -129,8 +129,12 @@ def _in_turn(
         last[sent.device] = (place, sent.body)
 
 
-def _ran(look: Look, sent: Sent, held: set[str]) -> bool:
-    """Did the device run it already? Then the order starts nothing."""
+def _stays(look: Look, sent: Sent, hold: Row, held: set[str], order: Desired) -> bool:
+    """Does the hold leave this device what it runs? Then its old order may come again."""
+    components = [c for c, told in order.components.items() if told.digest in held]
+    moves = hold["to"] != "stay" and any(look.elsewhere(sent.device, hold, c) for c in components)
+    if moves:
+        return False
     truth = look.truths.get(sent.device)
     if truth is None:
         return held <= look.runs(sent.device)
@@ -291,7 +295,15 @@ def _decisions(look: Look) -> Iterator[Finding]:
     rows = sorted(look.tables.decisions, key=lambda row: row["id"])
     try:
         for one in replay.replay(list(rows[-MOST_REPLAYED:])):
-            if not one.same:
+            if one.same:
+                continue
+            if one.recorded == "widen" and one.judgement.verdict != "widen":
+                yield Finding(
+                    invariant="I14",
+                    what=f"decision {one.id} widened without the evidence for it: {one.sentence}",
+                    do="`bellwether pause` it: its inputs say that the gate would have waited",
+                )
+            else:
                 yield Finding(
                     invariant="I6",
                     what=f"decision {one.id} does not replay: {one.sentence}",

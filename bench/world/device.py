@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from bench.world.heap import Heap
@@ -83,6 +83,7 @@ class Device:
         self._connected = False
         self._sampled = 0.0
         self._ran: dict[str, str] = {}
+        self._about_now: Started | None = None  # how things stood when the agent said Activate
         self._late: set[str] = set()  # attempts that began to install without a lease
         self._said: list[tuple[str, bytes]] = []  # what a liar may say again
 
@@ -149,6 +150,11 @@ class Device:
         if self._connected:
             self._connected = False
             self._wire.disconnect(self.name)
+
+    def park(self, parked: bool) -> None:
+        """It stands, or it drives: the agent reads that at once."""
+        self.guards = {"parked": parked, "landed": True}
+        self.hear(agent.Tick(facts=dict(self.guards)))
 
     # -- the network ------------------------------------------------------------------------------
 
@@ -230,6 +236,7 @@ class Device:
                 self._note_lease(effect.attempt)
                 self._work(effect, State.INSTALLING, 0.4)
             case update.Activate():
+                self._about_now = self._about(None)
                 self._work(effect, State.ACTIVATING, 0.3)
             case update.SwitchBack():
                 self._work(effect, State.ROLLING_BACK, 0.3)
@@ -275,7 +282,8 @@ class Device:
                 self.disk.install(effect.items)
             case update.Activate():
                 to: dict[str, str | None] = {i.component: i.digest for i in effect.items}
-                reason = self.disk.switch(to, self._about(None))
+                about = replace(self._about_now or self._about(None), at=self._heap.now)
+                reason = self.disk.switch(to, about)
                 self._fade()
                 return reason
             case update.SwitchBack():

@@ -107,10 +107,10 @@ def _heal(world: World) -> None:
     world.repository.up = True
     world.heal()
     for device in world.devices.values():
-        device.guards = {"parked": True, "landed": True}
         device.reachable = True
         device.flaky = 0.0
         device.start()
+        device.park(True)
 
 
 def _settle(world: World) -> None:

@@ -7,6 +7,7 @@ that the service says. The order of the `_DEEDS` is part of what a seed means.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -204,8 +205,8 @@ class Script:
 
     def drive(self) -> None:
         for device in self._some():
-            device.guards = {"parked": False}
-            self._later(10.0, self._parks(device))
+            device.park(False)
+            self._later(10.0, partial(device.park, True))
 
     def retire(self) -> None:
         device = self._one()
@@ -262,12 +263,6 @@ class Script:
 
     def _later(self, seconds: float, deed: Callable[[], Any]) -> None:
         self.world.heap.after(seconds, deed)
-
-    def _parks(self, device: Device) -> Callable[[], None]:
-        def parks() -> None:
-            device.guards = {"parked": True}
-
-        return parks
 
 
 Deed = Callable[[Script], None]
