@@ -114,31 +114,56 @@ class Ingest:
         return self.commit(self.read(messages, now), now)
 
     def read(self, messages: Sequence[Bytes], now: float) -> Batch:
-        """Believe or refuse; charges the buckets, so call it once per message received."""
+        """Believe or refuse; charges the buckets, so call it once per message received.
+
+        The batch holds each device's messages side by side, in the order of their arrival.
+        """
         believed: list[Heard] = []
         refusals: Counter[str] = Counter()
-        round_ = _Round(self._registry(), self._again)
+        spoken, probe = self._by_device(messages, refusals)
+        registry = _Round(self._registry(), self._again)
+        for device, words in spoken.items():
+            if not registry.hears(device):
+                refusals[f"{registry.status(device)}_device"] += len(words)
+                continue
+            allowed = self._spend(device, len(words), now)
+            if allowed < len(words):
+                refusals["rate_limited"] += len(words) - allowed
+                del words[allowed:]
+            for read, payload in words:
+                try:
+                    believed.append(Heard(device, read(payload)))
+                except ProtocolError as error:
+                    refusals[error.reason] += 1
+                except Exception:  # one device's bytes must not deafen us to the others
+                    log.exception("message_not_understood", device=device)
+                    refusals["internal"] += 1
+        return Batch(messages=believed, refusals=refusals, probe=probe)
+
+    def _by_device(
+        self, messages: Sequence[Bytes], refusals: Counter[str]
+    ) -> tuple[dict[str, list[tuple[Read, bytes]]], bool]:
+        """Device → what it said; and whether our own probe is among the messages."""
+        spoken: dict[str, list[tuple[Read, bytes]]] = {}
         topics, probe = self._topics, False
         for topic, payload in messages:
-            try:
-                known = topics.get(topic)
-                if known is None:
-                    if topic == PROBE_TOPIC:
-                        probe = True
-                        continue
+            known = topics.get(topic)
+            if known is None:
+                if topic == PROBE_TOPIC:
+                    probe = True
+                    continue
+                try:
                     known = self._learn(topic)
-                device, read = known
-                if not round_.hears(device):
-                    raise ProtocolError(f"{round_.status(device)}_device", device)
-                if not self._spend(device, now):
-                    raise ProtocolError("rate_limited", device)
-                believed.append(Heard(device, read(payload)))
-            except ProtocolError as error:
-                refusals[error.reason] += 1
-            except Exception:  # one device's bytes must not deafen us to the others
-                log.exception("message_not_understood", topic=topic[:120])
-                refusals["internal"] += 1
-        return Batch(messages=believed, refusals=refusals, probe=probe)
+                except ProtocolError as error:
+                    refusals[error.reason] += 1
+                    continue
+            device, read = known
+            words = spoken.get(device)
+            if words is None:
+                spoken[device] = [(read, payload)]
+            else:
+                words.append((read, payload))
+        return spoken, probe
 
     def commit(self, batch: Batch, now: float) -> BatchResult:
         """Write a batch, and settle its acks; may be called again with the same batch."""
@@ -173,12 +198,12 @@ class Ingest:
         known = self._topics[topic] = (device, read)
         return known
 
-    def _spend(self, device: str, now: float) -> bool:
-        tokens, at = self._buckets.get(device, (self._limits.burst, now))
-        if now != at:
-            limits = self._limits
-            tokens = min(limits.burst, tokens + max(0.0, now - at) * limits.per_second)
-        allowed = tokens >= 1.0
+    def _spend(self, device: str, wanted: int, now: float) -> int:
+        """How many of so many messages the device's bucket allows."""
+        limits = self._limits
+        tokens, at = self._buckets.get(device, (limits.burst, now))
+        tokens = min(limits.burst, tokens + max(0.0, now - at) * limits.per_second)
+        allowed = min(wanted, int(tokens))
         self._buckets[device] = (tokens - allowed, now)
         return allowed
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -74,40 +76,26 @@ class Changes:
     reports: dict[str, Reported] = field(default_factory=dict)
     health: list[bulk.Row] = field(default_factory=list)
     rollups: rollups.Rollups = field(default_factory=rollups.Rollups)
-    shifted: int = 0
 
 
 def fold(
     messages: Iterable[Heard], known: Known, *, batch: int, clock: float, now: float
 ) -> Changes:
-    """Fold messages, in order of arrival, into `known` (changed in place) and the changes."""
+    """Fold messages, in order of arrival, into `known` (changed in place) and the changes.
+
+    Any order gives the same answer; neighbours of one device are cheaper, because what is known of
+    it is looked up once for all of them.
+    """
     changes = Changes()
-    contacts, verdicts, touched = known.contacts, changes.verdicts, changes.touched
-    for device, message in messages:
-        contact = contacts.get(device)
+    for device, run in groupby(messages, _device_of):
+        contact = known.contacts.get(device)
         if contact is None:
-            contact = contacts[device] = Contact()
-        if isinstance(message, Presence):
-            verdict = _presence(message, contact, clock, now)
-            if verdict is Verdict.NEW:
-                touched.add(device)
-            verdicts.append(verdict)
-            continue
-        verdict = _count(device, message, contact, known, changes)
-        verdicts.append(verdict)
-        if verdict is not Verdict.NEW:
-            continue
-        touched.add(device)
-        if message.boot_count >= contact.boot_count:
-            contact.boot, contact.boot_count = message.boot, message.boot_count
-        contact.last_contact, contact.heard_clock, contact.online = now, clock, True
-        if not isinstance(message, Reported):
-            _keep(device, message, changes, batch, now)
-            continue
-        version = (message.boot_count, message.seq)
-        if version > known.states.get(device, (-1, -1)):
-            known.states[device] = version
-            changes.reports[device] = message
+            contact = known.contacts[device] = Contact()
+        turn = _Turn(device, contact, known, changes, batch, clock, now)
+        verdicts = [turn.take(message) for _, message in run]
+        changes.verdicts += verdicts
+        if Verdict.NEW in verdicts:
+            changes.touched.add(device)
     return changes
 
 
@@ -156,63 +144,98 @@ def report_rows(changes: Changes, now: float) -> list[bulk.Row]:
     ]
 
 
-def rollup_rows(changes: Changes) -> list[bulk.Row]:
-    return list(changes.rollups.rows())
+def rollup_rows(changes: Changes) -> Sequence[bulk.Row]:
+    return changes.rollups.rows()
 
 
-def _presence(message: Presence, contact: Contact, clock: float, now: float) -> Verdict:
-    if message.boot_count < max(contact.boot_count, contact.boot_floor):
-        return Verdict.REPEAT
-    contact.online = message.online
-    if message.online or message.sleeping_until is not None:
-        contact.sleeping_until = message.sleeping_until
-    if message.boot_count >= contact.boot_count:
-        contact.boot, contact.boot_count = message.boot, message.boot_count
-    if message.online or not contact.last_contact:
-        contact.last_contact, contact.heard_clock = now, clock
-    return Verdict.NEW
+@dataclass(slots=True)
+class _Turn:
+    """Neighbouring messages of one device."""
 
+    device: str
+    contact: Contact
+    known: Known
+    changes: Changes
+    batch: int
+    clock: float
+    now: float
+    _boot: str | None = None  # of the message before
+    _seen: Seen | None = None
+    _sums: rollups.DeviceSums | None = None
 
-def _count(
-    device: str,
-    message: Reported | Health | Sample,
-    contact: Contact,
-    known: Known,
-    changes: Changes,
-) -> Verdict:
-    if message.boot_count < contact.boot_floor:
-        return Verdict.LATE
-    key = (device, message.boot)
-    seen = known.boots.get(key)
-    if seen is None:
-        seen = known.boots[key] = Seen(boot_count=message.boot_count)
-    verdict = seen.take(message.seq)
-    if verdict is Verdict.NEW:
-        changes.boots.add(key)
-    return verdict
+    def take(self, message: Reported | Health | Sample | Presence) -> Verdict:
+        if isinstance(message, Presence):
+            return self._presence(message)
+        contact = self.contact
+        if message.boot_count < contact.boot_floor:
+            return Verdict.LATE
+        seen = self._seen
+        if seen is None or message.boot != self._boot:
+            seen = self._look_up(message)
+        verdict = seen.take(message.seq)
+        if verdict is not Verdict.NEW:
+            return verdict
+        if message.boot_count >= contact.boot_count:
+            contact.boot, contact.boot_count = message.boot, message.boot_count
+        contact.last_contact, contact.heard_clock, contact.online = self.now, self.clock, True
+        if isinstance(message, Reported):
+            self._report(message)
+        else:
+            self._keep(message)
+        return verdict
 
+    def _look_up(self, message: Reported | Health | Sample) -> Seen:
+        key = (self.device, message.boot)
+        seen = self.known.boots.get(key)
+        if seen is None:
+            seen = self.known.boots[key] = Seen(boot_count=message.boot_count)
+        self.changes.boots.add(key)  # it may be a repeat: then its row is written as it was
+        self._boot, self._seen = message.boot, seen
+        return seen
 
-def _keep(device: str, message: Health | Sample, changes: Changes, batch: int, now: float) -> None:
-    levels = rollups.levels(message.columns)
-    seconds, shifted = changes.rollups.add(device, message, levels, now)
-    changes.shifted += shifted
-    changes.health.append(
-        (
-            batch,
-            len(changes.health),
-            device,
-            now,
-            message.boot,
-            message.seq,
-            message.attempt,
-            _json(message.components),
-            message.t0,
-            seconds,
-            _json((levels, message.counters, message.exposure)),
+    def _presence(self, message: Presence) -> Verdict:
+        contact = self.contact
+        if message.boot_count < max(contact.boot_count, contact.boot_floor):
+            return Verdict.REPEAT
+        contact.online = message.online
+        if message.online or message.sleeping_until is not None:
+            contact.sleeping_until = message.sleeping_until
+        if message.boot_count >= contact.boot_count:
+            contact.boot, contact.boot_count = message.boot, message.boot_count
+        if message.online or not contact.last_contact:
+            contact.last_contact, contact.heard_clock = self.now, self.clock
+        return Verdict.NEW
+
+    def _report(self, message: Reported) -> None:
+        version = (message.boot_count, message.seq)
+        if version > self.known.states.get(self.device, (-1, -1)):
+            self.known.states[self.device] = version
+            self.changes.reports[self.device] = message
+
+    def _keep(self, message: Health | Sample) -> None:
+        sums = self._sums
+        if sums is None:
+            sums = self._sums = self.changes.rollups.of(self.device)
+        seconds, levels = sums.add(message, self.now)
+        rows = self.changes.health
+        rows.append(
+            (
+                self.batch,
+                len(rows),
+                self.device,
+                self.now,
+                message.boot,
+                message.seq,
+                message.attempt,
+                _json(message.components),
+                message.t0,
+                seconds,
+                _json((levels, message.counters, message.exposure)),
+            )
         )
-    )
 
 
+_device_of = itemgetter(0)
 _encode = msgspec.json.Encoder().encode
 
 

@@ -105,7 +105,9 @@ class Store:
                 _save(connection, changes, known, batch, turn, now)
         except _AT_FAULT as error:
             raise Unstorable(str(error)) from error
-        return Written(batch=turn.number, verdicts=tuple(changes.verdicts), shifted=changes.shifted)
+        return Written(
+            batch=turn.number, verdicts=tuple(changes.verdicts), shifted=changes.rollups.shifted
+        )
 
     def forget(self, device: str, now: float) -> None:
         """A replaced board counts its boots from one again: drop what the old one had said last.

@@ -60,47 +60,62 @@ class Rollups:
     """The sums of one batch: add messages, then read rows with unique keys."""
 
     def __init__(self) -> None:
-        self._hours: dict[tuple[int, str], _Hour] = {}
+        self._devices: dict[str, DeviceSums] = {}
+        self.shifted = 0  # messages whose clock was not plausible
 
-    def add(
-        self, device: str, message: Measured, levels: Mapping[str, Sums], now: float
-    ) -> tuple[float, bool]:
-        """(seconds of the interval, was its clock not plausible); `levels` are the message's."""
-        seconds = message.dt * samples(message.columns)
-        start, shifted = message.t0, False
+    def of(self, device: str) -> DeviceSums:
+        found = self._devices.get(device)
+        if found is None:
+            found = self._devices[device] = DeviceSums(self)
+        return found
+
+    def rows(self) -> list[Row]:
+        """In the order of their keys: so a database finds their places one beside the other."""
+        found: list[Row] = []
+        for device, sums in self._devices.items():
+            for number, hour in sums.hours.items():
+                found += _rows(number, device, hour)
+        return sorted(found)
+
+
+class DeviceSums:
+    """What one device adds in a batch."""
+
+    def __init__(self, batch: Rollups) -> None:
+        self._batch = batch
+        self.hours: dict[int, _Hour] = {}
+
+    def add(self, message: Measured, now: float) -> tuple[float, dict[str, Sums]]:
+        """(seconds of the message's interval, sums of its columns)."""
+        columns = message.columns
+        seconds = message.dt * samples(columns)
+        start = message.t0
         if not (now - PAST <= start and start + seconds <= now + FUTURE):
-            start, shifted = max(now - seconds, now - PAST), True
+            start = max(now - seconds, now - PAST)
+            self._batch.shifted += 1
         first, last = int(start // HOUR), int((start + seconds) // HOUR)
-        hour = self._hour(first, device)
+        hour = self._hour(first)
         counters, exposure = hour.counters, hour.exposure
         for name, count in message.counters.items():
-            n, whole = counters.get(name, (0, 0))
+            n, whole = counters.get(name, _NOTHING)
             counters[name] = (n + 1, whole + count)
         for name, amount in message.exposure.items():
-            n, total = exposure.get(name, (0, 0.0))
+            n, total = exposure.get(name, _NOTHING)
             exposure[name] = (n + 1, total + amount)
+        sums = levels(columns)
         if first == last:
-            _merge(hour.levels, levels)
+            _merge(hour.levels, sums)
         else:
-            self._spread(device, message, start, last)
-        return seconds, shifted
+            self._spread(message, start, last)
+        return seconds, sums
 
-    def rows(self) -> Iterator[Row]:
-        for (number, device), hour in sorted(self._hours.items()):
-            for name, (n, whole) in hour.counters.items():
-                yield number, device, Kind.COUNTER.value, name, n, float(whole), 0.0
-            for name, (n, total) in hour.exposure.items():
-                yield number, device, Kind.EXPOSURE.value, name, n, total, 0.0
-            for name, (n, total, squares) in hour.levels.items():
-                yield number, device, Kind.LEVEL.value, name, n, total, squares
-
-    def _hour(self, number: int, device: str) -> _Hour:
-        hour = self._hours.get((number, device))
+    def _hour(self, number: int) -> _Hour:
+        hour = self.hours.get(number)
         if hour is None:
-            hour = self._hours[number, device] = _Hour()
+            hour = self.hours[number] = _Hour()
         return hour
 
-    def _spread(self, device: str, message: Measured, start: float, last: int) -> None:
+    def _spread(self, message: Measured, start: float, last: int) -> None:
         """Samples of an interval that crosses an hour, each to its own."""
         for name, column in message.columns.items():
             by_hour: dict[int, list[float | None]] = {}
@@ -108,7 +123,7 @@ class Rollups:
                 own = int((start + place * message.dt) // HOUR)
                 by_hour.setdefault(min(own, last), []).append(sample)
             for own, share in by_hour.items():
-                _merge(self._hour(own, device).levels, levels({name: tuple(share)}))
+                _merge(self._hour(own).levels, levels({name: tuple(share)}))
 
 
 def samples(columns: Mapping[str, Column]) -> int:
@@ -133,10 +148,23 @@ def levels(columns: Mapping[str, Column]) -> dict[str, Sums]:
     return found
 
 
+_NOTHING = (0, 0)
+
+
 def _merge(into: dict[str, Sums], more: Mapping[str, Sums]) -> None:
-    for name, (n, total, squares) in more.items():
+    for name, sums in more.items():
         before = into.get(name)
         if before is None:
-            into[name] = (n, total, squares)
+            into[name] = sums
         else:
+            n, total, squares = sums
             into[name] = (before[0] + n, before[1] + total, before[2] + squares)
+
+
+def _rows(number: int, device: str, hour: _Hour) -> Iterator[Row]:
+    for name, (n, whole) in hour.counters.items():
+        yield number, device, Kind.COUNTER.value, name, n, float(whole), 0.0
+    for name, (n, total) in hour.exposure.items():
+        yield number, device, Kind.EXPOSURE.value, name, n, total, 0.0
+    for name, (n, total, squares) in hour.levels.items():
+        yield number, device, Kind.LEVEL.value, name, n, total, squares
