@@ -44,6 +44,7 @@ _NO_COUNTERS: Final[dict[str, int]] = {}
 _NO_EXPOSURE: Final[dict[str, float]] = {}
 _NO_ATTEMPT = ""
 _NOT_DROPPED = -1
+_BACKSLASH = 0x5C
 _REQUIRED = 7  # fields of a Sample
 
 
@@ -111,7 +112,7 @@ def as_health(sample: Sample) -> Health:
 
 
 def _straight(payload: bytes) -> Sample:
-    if len(payload) > protocol.MAX_MESSAGE_BYTES or b"\\" in payload:
+    if len(payload) > protocol.MAX_MESSAGE_BYTES or payload.find(_BACKSLASH) >= 0:
         raise _Doubtful
     found = _sample.decode(payload)
     columns, counters, exposure = found.columns, found.counters, found.exposure
@@ -119,8 +120,9 @@ def _straight(payload: bytes) -> Sample:
         raise _Doubtful
     if len(columns) > 1 and len(set(map(len, columns.values()))) != 1:
         raise _Doubtful
+    known = _known_names.issuperset
     for names in (columns, counters, exposure):
-        if not names.keys() <= _known_names:
+        if not known(names):
             _learn_names(names)
     if tuple(found.components.items()) not in _known_components:
         _learn_components(found.components)

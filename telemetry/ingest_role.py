@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections import deque
@@ -76,7 +77,12 @@ class Role:
 
 
 def run(role: Role, stopping: threading.Event) -> None:
-    """Serve until `stopping` is set."""
+    """Serve until `stopping` is set; for a process of its own: it tunes the garbage collector."""
+    # A batch makes several 100,000 objects, none in a cycle. Looking through them and all modules
+    # again and again took a quarter of the time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
     asyncio.run(_until(Process(role), stopping))
 
 
