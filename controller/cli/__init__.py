@@ -26,6 +26,7 @@ _NOUNS = (
     "simulate",
     "evidence",
     "bench",
+    "completion",
 )
 
 app = typer.Typer(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +12,8 @@ import typer
 from controller.cli.options import SERVER, Format, Output, Server, Token
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from controller.cli.client import Api
 
 ROLLED_BACK, TIMED_OUT, DENIED = 4, 5, 6
@@ -33,15 +37,49 @@ def status(
     from controller.cli.client import Api
 
     api = Api(server, token)
+
+    def look() -> dict[str, Any]:
+        return _one(api, rollout) if rollout else _all(api)
+
+    if watch and output is Output.TABLE and sys.stdout.isatty():
+        _live(look, interval)
+        return
     last: Any = None
     while True:
-        found = _one(api, rollout) if rollout else _all(api)
+        found = look()
         if found != last:
             _show(found, output)
             last = found
         if not watch:
             return
         time.sleep(interval)
+
+
+def _live(look: Callable[[], dict[str, Any]], interval: float) -> None:
+    """The tree in place, until Ctrl-C; a server that is away for a moment is said, not the end."""
+    from rich.live import Live
+    from rich.text import Text
+
+    from controller.cli.errors import Failed
+
+    shown = _tree(look())
+    with Live(shown, auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            time.sleep(interval)
+            try:
+                shown = _tree(look())
+                live.update(shown, refresh=True)
+            except Failed as error:
+                from rich.console import Group
+
+                stale = Text(f"stale: {error}", style="bold yellow")
+                live.update(Group(stale, shown), refresh=True)
+
+
+def _tree(found: dict[str, Any]) -> RenderableType:
+    from controller.cli import tree
+
+    return tree.rollout(found) if "rollout" in found else tree.fleets(found)
 
 
 def explain(
@@ -129,6 +167,10 @@ def _show(found: dict[str, Any], output: Output) -> None:
 
     if output is Output.JSON:
         show.as_json(found)
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(_tree(found))
     elif "rollout" in found:
         _show_one(found)
     else:

@@ -94,7 +94,8 @@ def _end(world: World, rollout: Rollout, hold: ActiveHold, now: float) -> Iterat
         state, verb = RolloutState.ROLLING_BACK, "ROLLING BACK"
         after = f"{told} devices go back to what each ran before"
     cause = rollout.flags.get("cause") if hold.id == rollout.flags.get("hold") else None
-    sentence = f"{verb} — {cause or hold.reason}; {after}; by {hold.actor}"
+    why = (cause or hold.reason).removeprefix("ROLLED BACK — ")  # the state is said once
+    sentence = f"{verb} — {why}; {after}; by {hold.actor}"
     if cause is None:
         sentence += f", commit {rollout.commit[:7]}"
     yield Change(

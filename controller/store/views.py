@@ -129,6 +129,7 @@ def rollout(row: Row[Any], counts: Mapping[str, Any], held: Sequence[Plain]) -> 
         "revision": row.revision,
         "step": row.step,
         "steps": row.pinned.get("rollout", {}).get("strategy", {}).get("steps", []),
+        "fixes": row.pinned.get("fixes"),  # a first wave before `steps`: who ran that release
         "openedAt": when(row.opened_at),
         "stepAt": when(row.step_at),
         "soakSeconds": row.soak,
