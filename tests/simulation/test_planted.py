@@ -125,7 +125,7 @@ def deaf(stage: Stage) -> None:
     stage.publish("2")
     stage.world.run(13)
     stage.world.broker_away(200)
-    stage.world.run(230)
+    stage.world.run(60)
 
 
 @dataclass(frozen=True)
