@@ -25,6 +25,7 @@ _NOUNS = (
     "broker",
     "simulate",
     "evidence",
+    "doctor",
     "bench",
     "completion",
 )
