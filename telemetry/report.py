@@ -110,6 +110,38 @@ class Totals:
         )
 
 
+def added(rows: Iterable[HealthRow]) -> Totals:
+    """The sums of these messages, as the store's rollups would have them."""
+    devices: dict[str, int] = {}
+    sums: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
+    for row in rows:
+        at = devices.setdefault(row.device, len(devices))
+        for kind, values in (("counter", row.counters), ("exposure", row.exposure)):
+            for name, value in values.items():
+                column = sums.setdefault((kind, name), {})
+                column[at] = (1.0, column.get(at, (1.0, 0.0))[1] + value)
+        if "device_hour" not in row.exposure:
+            column = sums.setdefault(("exposure", "device_hour"), {})
+            column[at] = (1.0, column.get(at, (1.0, 0.0))[1] + row.seconds / 3600)
+        for name, level in row.levels.items():
+            column = sums.setdefault(("level", name), {})
+            n, total = column.get(at, (0.0, 0.0))
+            column[at] = (n + level.n, total + level.total)
+    found: dict[str, dict[str, npt.NDArray[np.float64]]] = {"counter": {}, "exposure": {}}
+    found["level"] = {}
+    for (kind, name), column in sums.items():
+        array = np.full(len(devices), np.nan if kind == "level" else 0.0)
+        for at, (n, total) in column.items():
+            array[at] = (total / n if n > 0 else np.nan) if kind == "level" else total
+        found[kind][name] = array
+    return Totals(
+        devices=list(devices),
+        counters=found["counter"],
+        exposure=found["exposure"],
+        levels=found["level"],
+    )
+
+
 class TelemetryReader(Protocol):
     """What the controller asks of the telemetry store. Reading only: ingest alone writes."""
 

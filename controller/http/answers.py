@@ -250,6 +250,60 @@ class Audit(Answer):
     next: str | None
 
 
+class OutcomeAnswer(Answer):
+    metric: str
+    type: str = Field(examples=["mean"])
+    direction: str
+    verdict: str = Field(examples=["better"])
+    measurable: bool
+    against: str = Field(examples=["the holdout"])
+    treated: int
+    control: int
+    estimate: float | None
+    band: list[float] | None = Field(description="Always valid, 95 %")
+    sentence: str
+
+
+class Changed(Answer):
+    """What one release changed, goal by goal, by the draw."""
+
+    rollout: str
+    name: str
+    fleet: str
+    release: str
+    state: str
+    initiative: str | None
+    product: str | None
+    team: str | None
+    opened_at: str | None
+    outcomes: list[OutcomeAnswer]
+
+
+class Measure(Answer):
+    name: str = Field(examples=["lead_time"])
+    value: float | None
+    unit: str
+    n: int
+    of: int
+    definition: str
+
+
+class Delivery(Answer):
+    """The measures of DORA of one product and team."""
+
+    product: str
+    team: str
+    days: float
+    measures: list[Measure]
+
+
+class Outcomes(Answer):
+    items: list[Changed]
+    delivery: list[Delivery]
+    days: float
+    next: str | None
+
+
 class Recorded(Answer):
     """Safe from here: the command stands in the database, with its audit row."""
 

@@ -16,6 +16,7 @@ from controller.http.contract import says
 from controller.http.devicebook import DeviceBook
 from controller.http.ports import Book, Given
 from controller.http.problems import Problem
+from controller.outcomes import board
 from controller.store import views
 from controller.store.devices import get_many
 from telemetry.store.database import reading
@@ -282,6 +283,14 @@ def audit(
             conn, after=int(key), limit=limit, actor=actor, action=action, subject=subject
         )
     return page(found, limit, str(found[-1]["seq"]) if found else "")
+
+
+@router.get("/outcomes", **says(answers.Outcomes))
+def outcomes(deps: Given, who: Viewer, days: Annotated[float, Query(gt=0, le=3650)] = 90) -> Plain:
+    """What each release changed, by the draw, and how each team ships, over a period."""
+    with reading(deps.engine) as conn:
+        found = board(conn, deps.reader, now=deps.clock(), days=days, fleets=who.fleets)
+    return {**found, "next": None}
 
 
 def find(conn: Connection, name: str, who: Principal) -> Row[Any]:

@@ -259,7 +259,7 @@ class _Rules:
                     path: Path = ("spec", "strategy", "steps", i, "keepBack")
                     yield self._notice("Rollout", rollout.name, path)
         for policy in self._all.policies.values():
-            fields = [("goals", bool(policy.goals)), ("compare", bool(policy.compare))]
+            fields = [("compare", bool(policy.compare))]
             yield from self._notices("HealthPolicy", policy.name, fields)
 
     def _notices(

@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_camel
 
 from controller.manifests import scalars
 from controller.manifests.kinds import HealthPolicy
+from telemetry.outcomes import goal
 from telemetry.policy import (
     Direction,
     Engine,
@@ -45,6 +46,7 @@ def build(head: Mapping[str, Any], spec: Mapping[str, Any]) -> HealthPolicy:
     known = ("score", "gates", "engine", "goals", "compare", "noData")
     _only(spec, known, ())
     name = str(head["name"])
+    goals = _list(spec, "goals", ())
     gates = tuple(_gate(item, ("gates", i)) for i, item in enumerate(_list(spec, "gates", ())))
     policy = _make(
         (),
@@ -60,7 +62,7 @@ def build(head: Mapping[str, Any], spec: Mapping[str, Any]) -> HealthPolicy:
         {
             **head,
             "judged": policy,
-            "goals": tuple(_list(spec, "goals", ())),
+            "goals": tuple(_goal(item, ("goals", i)) for i, item in enumerate(goals)),
             "compare": _map(spec, "compare", ()),
         }
     )
@@ -101,6 +103,14 @@ def _gate(data: Any, path: Path) -> Gate:
             dry_run=_scalar(scalars.truth, data.get("dryRun", "false"), (*path, "dryRun")),
         ),
     )
+
+
+def _goal(data: Any, path: Path) -> Mapping[str, Any]:
+    """Kept as it is written; read by `telemetry.outcomes` when it is judged."""
+    if not isinstance(data, Mapping):
+        raise Refused([(path, "a goal is a map: {metric: …, type: mean, direction: increase}")])
+    _make(path, lambda: goal(data))
+    return data
 
 
 def _score(data: Mapping[str, Any]) -> ScoreSpec:

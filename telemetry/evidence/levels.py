@@ -18,7 +18,7 @@ Repeat rate: O_i capped events, Ex_i expected from the device's own baseline;
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -72,8 +72,11 @@ class Normal:
         return self.s / self.i if self.i > 0 else math.nan
 
 
-def level(pairs: Iterable[Pair]) -> Normal:
-    """The level difference exposed − control; each pair is one stratum."""
+def level(pairs: Iterable[Pair], rule: Rule | None = None) -> Normal:
+    """The level difference exposed − control; each pair is one stratum.
+
+    `rule`: how δ and V become one stratum's share (default: δ corrected, for evidence).
+    """
     pairs = list(pairs)
     slope = _slope(pairs)
     total = Normal()
@@ -82,18 +85,19 @@ def level(pairs: Iterable[Pair]) -> Normal:
             continue
         delta = (one.y - slope * one.x) / one.n - (zero.y - slope * zero.x) / zero.n
         variance = _spread(one, slope) / one.n + _spread(zero, slope) / zero.n
-        total += _corrected(delta, variance, one.n + zero.n - 3)
+        total += (rule or _corrected)(delta, variance, one.n + zero.n - 3)
     return total
 
 
-def repeat(pairs: Iterable[Pair], min_events: float) -> Normal:
+def repeat(pairs: Iterable[Pair], min_events: float, rule: Rule | None = None) -> Normal:
     """The log ratio of repeat rates; y = capped events, x = expected events per device."""
     total = Normal()
     for one, zero in pairs:
         if min(one.y, zero.y) < min_events or min(one.x, zero.x) <= 0 or min(one.n, zero.n) < 2:
             continue  # one device alone says nothing of how devices differ
         delta = math.log((one.y / one.x) / (zero.y / zero.x))
-        total += _corrected(delta, _clustered(one) + _clustered(zero), one.n + zero.n - 3)
+        variance = _clustered(one) + _clustered(zero)
+        total += (rule or _corrected)(delta, variance, one.n + zero.n - 3)
     return total
 
 
@@ -156,6 +160,19 @@ def _corrected(delta: float, variance: float, df: float) -> Normal:
         return Normal()
     sigma = math.sqrt(variance)
     return Normal(s=normal_of_t(delta / sigma, df) / sigma, i=1 / variance)
+
+
+def widened(delta: float, variance: float, df: float) -> Normal:
+    """δ as it is, with the variance at which it has its p under t: an estimate to be shown."""
+    if not (variance > 0 and math.isfinite(variance) and math.isfinite(delta)) or df <= 0:
+        return Normal()
+    t = delta / math.sqrt(variance)
+    z = normal_of_t(t, df)
+    more = (t / z) ** 2 if abs(z) > 1e-6 else 1.0
+    return Normal(s=delta / (variance * more), i=1 / (variance * more))
+
+
+Rule = Callable[[float, float, float], Normal]  # δ, V, degrees of freedom
 
 
 def _slope(pairs: list[Pair]) -> float:

@@ -358,3 +358,10 @@ def test_a_plan_is_answered_with_its_digest_and_records_nothing(house: House) ->
     assert house.client.post("/api/v1/plan", json={"head": {"files": []}}).status_code == 422
     some = house.token(Role.VIEWER, ("eu",))
     assert house.client.post("/api/v1/plan", json=hostile, headers=some).status_code == 403
+
+
+def test_outcomes_are_there_before_any_rollout(house: House) -> None:
+    found = house.client.get("/api/v1/outcomes", params={"days": 30}).json()
+    assert found == {"days": 30, "items": [], "delivery": [], "next": None}
+    refused = house.client.get("/api/v1/outcomes", params={"days": "nan"})
+    assert refused.status_code == 422
