@@ -27,7 +27,9 @@ from controller.settings import is_loopback
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_STOP = re.compile(r"/api/v1/(stop|rollouts/[^/]+:(rollback|hold|pause))|/(stop|rollouts/.+/stop)")
+_STOP = re.compile(
+    r"/api/v1/(stop|rollouts/[^/]+:(rollback|hold|pause))|/(stop|rollouts/[^/]+/(rollback|hold|pause))"
+)
 _PROBES = frozenset({"/livez", "/readyz"})
 _STOP_RATE = 20.0  # a second, of one caller: a person needs one, a runaway script gets no more
 _BURST = 5.0  # seconds of its rate that a caller may spend at once

@@ -80,7 +80,9 @@ def decision(page: Page, decision: str) -> Response:
         "rollout": {"id": owner.id, "name": owner.name, "release": owner.release},
         "sign": of_verdict(one["verdict"]),
         "rails": evidence.guardrails(one["numbers"]),
-        "numbers": one["numbers"],
+        "harm": one["numbers"].get("harm"),
+        "harm_limit": one["numbers"].get("harm_limit"),
+        "missing": one["numbers"].get("missing", ()),
         "again": _again(one),
         "title": f"{owner.name}: {one['verdict']}",
     }
