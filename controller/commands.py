@@ -18,11 +18,14 @@ from typing import Any
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from controller import audit, ulid
+from controller.rollout import scope as scopes
 from controller.rollout.model import ACTIVE, RolloutState
+from controller.store import approvals
 from controller.store.tables import commands, holds, members, releases, rollouts, stops
 from telemetry.store.database import reading, writing
 
 KINDS = ("rollback", "hold", "lift", "pause", "resume", "promote", "stop")
+RULED = {"promote": "widen", "lift": "lift", "stop": "lift"}  # kind → the rule that it falls under
 SCOPES = ("all", "product", "hardware", "digest")
 
 _ALLOWED: Mapping[str, frozenset[RolloutState]] = {
@@ -56,6 +59,8 @@ class Recorded:
     id: str
     revision: int
     sentence: str
+    state: str = "recorded"  # or `awaiting`: a second person's word is asked for
+    digest: str | None = None  # of what that person is asked to approve
 
 
 def record(
@@ -69,51 +74,153 @@ def record(
     incident: str | None,
     if_revision: int | None,
     now: float,
+    break_glass: bool = False,
 ) -> Recorded:
-    """Record one command; raises Refused. `rollout` is an id or a manifest's name (its newest)."""
+    """Record one command; raises Refused. `rollout` is an id or a manifest's name (its newest).
+
+    What the fleet's rule gives to two people is asked for instead (`state: awaiting`), unless
+    `break_glass`. Whether this actor may break the glass is the caller's to know.
+    """
     if kind not in KINDS:
         raise Refused(404, f"{kind}: unknown; one of {', '.join(KINDS)}")
-    if kind in ("rollback", "hold", "stop", "lift") and not reason.strip():
+    if (kind in ("rollback", "hold", "stop", "lift") or break_glass) and not reason.strip():
         raise Refused(
             422, f"{kind}: say why (reason): it stands in the audit and in Git", "/reason"
         )
     with writing(engine) as conn:
-        command = ulid.new(now, secrets.token_bytes(10))
-        if kind == "stop":
-            row, sentence = None, _stop(conn, command, body, actor, reason, now)
-        else:
-            row = _find(conn, rollout)
+        row = None if kind == "stop" else found(conn, rollout)
+        if row is not None:
             _check(row, kind, if_revision)
-            sentence = _apply(conn, kind, row, body, actor, reason, incident, now)
-        conn.execute(
-            insert(commands).values(
-                id=command,
-                kind=kind,
-                rollout=row["id"] if row else None,
-                body=dict(body),
-                actor=actor,
-                reason=reason,
-                incident=incident,
-                at=now,
-                state="recorded",
-            )
-        )
-        revision = _bump(conn, row, now)
-        audit.append(
-            conn,
-            at=now,
+        needs = _others(conn, kind, row, body)
+        if needs and not break_glass:
+            return _ask(conn, kind, row, body, actor, reason, needs, now)
+        if needs:
+            detail = {"kind": kind, "reason": reason, "incident": incident}
+            _note(conn, now, actor, "break-glass", row, body, detail)
+        return _carry_out(conn, kind, row, body, actor, reason, incident, now)
+
+
+def carry_out(
+    conn: Connection,
+    *,
+    kind: str,
+    rollout: str | None,
+    body: Mapping[str, Any],
+    actor: str,
+    reason: str,
+    now: float,
+) -> str:
+    """What two people have agreed on, in the transaction of the last one's word."""
+    row = None if kind == "stop" else found(conn, rollout)
+    return _carry_out(conn, kind, row, body, actor, reason, None, now).sentence
+
+
+def seen(
+    conn: Connection, kind: str, rollout: str | None, body: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a second person approves: the act, and the rollout as it stands."""
+    if kind == "stop":
+        return {"kind": kind, "name": str(body.get("scope")), "body": dict(body)}
+    row = found(conn, rollout)
+    names = ("name", "fleet", "release", "digest", "commit", "step", "state", "revision")
+    return {"kind": kind, "body": dict(body), "rollout": row["id"], **{n: row[n] for n in names}}
+
+
+def _carry_out(
+    conn: Connection,
+    kind: str,
+    row: Mapping[str, Any] | None,
+    body: Mapping[str, Any],
+    actor: str,
+    reason: str,
+    incident: str | None,
+    now: float,
+) -> Recorded:
+    command = ulid.new(now, secrets.token_bytes(10))
+    if row is None:
+        sentence = _stop(conn, command, body, actor, reason, now)
+    else:
+        sentence = _apply(conn, kind, row, body, actor, reason, incident, now)
+    conn.execute(
+        insert(commands).values(
+            id=command,
+            kind=kind,
+            rollout=row["id"] if row else None,
+            body=dict(body),
             actor=actor,
-            action=kind,
-            subject=row["name"] if row else str(body.get("scope")),
-            detail={"command": command, "reason": reason, "incident": incident, **dict(body)},
+            reason=reason,
+            incident=incident,
+            at=now,
+            state="recorded",
         )
+    )
+    revision = _bump(conn, row, now)
+    detail = {"command": command, "reason": reason, "incident": incident, **dict(body)}
+    _note(conn, now, actor, kind, row, body, detail)
     return Recorded(id=command, revision=revision, sentence=sentence)
+
+
+def _others(
+    conn: Connection, kind: str, row: Mapping[str, Any] | None, body: Mapping[str, Any]
+) -> int:
+    """How many people besides this one the rule asks for. A stop asks for none, ever."""
+    if kind not in RULED or (kind == "stop" and not body.get("lift")):
+        return 0
+    rules = approvals.load_rules(conn)
+    concerned = list(rules.values()) if row is None else [rules.get(row["fleet"], {})]
+    return max([0, *(rule.get(RULED[kind], 1) - 1 for rule in concerned)])
+
+
+def _ask(
+    conn: Connection,
+    kind: str,
+    row: Mapping[str, Any] | None,
+    body: Mapping[str, Any],
+    actor: str,
+    reason: str,
+    needs: int,
+    now: float,
+) -> Recorded:
+    if kind == "lift" and row is not None:
+        _in_force(conn, row, body)
+    asked, digest = approvals.ask(
+        conn,
+        kind=kind,
+        fleet=row["fleet"] if row else "",
+        rollout=row["id"] if row else "",
+        seen=seen(conn, kind, row["id"] if row else None, body),
+        proposer=actor,
+        reason=reason,
+        needs=needs,
+        now=now,
+    )
+    who = "one more person" if needs == 1 else f"{needs} more people"
+    return Recorded(
+        id=asked,
+        revision=int(row["revision"]) if row else 0,
+        sentence=f"{kind} waits for {who}: `bellwether approve {asked}`",
+        state="awaiting",
+        digest=digest,
+    )
+
+
+def _note(
+    conn: Connection,
+    now: float,
+    actor: str,
+    action: str,
+    row: Mapping[str, Any] | None,
+    body: Mapping[str, Any],
+    detail: Mapping[str, Any],
+) -> None:
+    subject = row["name"] if row else str(body.get("scope"))
+    audit.append(conn, at=now, actor=actor[:128], action=action, subject=subject, detail=detail)
 
 
 def preview(engine: Engine, *, kind: str, rollout: str) -> dict[str, Any]:
     """The blast radius of a verb on this rollout, without doing it; raises Refused."""
     with reading(engine) as conn:
-        row = _find(conn, rollout)
+        row = found(conn, rollout)
         _check(row, kind, None)
         counted = conn.execute(
             select(members.c.state, func.count())
@@ -157,7 +264,8 @@ def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _find(conn: Connection, rollout: str | None) -> Mapping[str, Any]:
+def found(conn: Connection, rollout: str | None) -> Mapping[str, Any]:
+    """The rollout of this id, or the newest of this name; raises Refused."""
     match = conn.execute(
         select(rollouts)
         .where((rollouts.c.id == rollout) | (rollouts.c.name == rollout))
@@ -167,6 +275,11 @@ def _find(conn: Connection, rollout: str | None) -> Mapping[str, Any]:
     if match is None:
         raise Refused(404, f"rollout {rollout!r}: unknown; `bellwether status` lists them")
     return dict(match._mapping)
+
+
+def may(row: Mapping[str, Any], kind: str) -> None:
+    """Does the rollout's state allow it? Raises Refused."""
+    _check(row, kind, None)
 
 
 def _check(row: Mapping[str, Any], kind: str, if_revision: int | None) -> None:
@@ -211,11 +324,21 @@ def _apply(
             reason=reason,
             incident=incident,
             now=now,
+            scope=_hold_scope(body),
         )
-        return f"{row['release']} is rejected by hold {hold}; devices: {kind}"
+        part = scopes.words(_hold_scope(body))
+        whom = f" for {part}" if part else ""
+        return f"{row['release']} is rejected by hold {hold}{whom}; devices: {kind}"
     if kind == "lift":
         return _lift(conn, row, body, actor, reason, now)
     return f"{kind} {row['name']} ({row['release']}) recorded"
+
+
+def _hold_scope(body: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return scopes.checked(body.get("scope"))
+    except ValueError as error:
+        raise Refused(422, str(error), "/scope") from None
 
 
 def _destination(conn: Connection, body: Mapping[str, Any]) -> str:
@@ -238,6 +361,7 @@ def add_hold(
     reason: str,
     incident: str | None,
     now: float,
+    scope: Mapping[str, Any] = scopes.EVERYBODY,
 ) -> str:
     """Reject a rollout's digest from this transaction on; answers the hold's id.
 
@@ -255,7 +379,7 @@ def add_hold(
             digest=row["digest"],
             artifacts=changed or list(row["artifacts"].values()),
             to=to,
-            scope={"all": True},
+            scope=dict(scope),
             reason=reason,
             actor=actor,
             incident=incident,
@@ -273,13 +397,8 @@ def _lift(
     reason: str,
     now: float,
 ) -> str:
-    wanted = [holds.c.rollout == row["name"], holds.c.lifted_at.is_(None)]
-    if body.get("hold"):
-        wanted.append(holds.c.id == str(body["hold"]))
-    found = [hold for (hold,) in conn.execute(select(holds.c.id).where(*wanted))]
-    if not found:
-        raise Refused(409, f"{row['name']}: no hold is in force, nothing to lift")
-    for hold in found:
+    lifted = _in_force(conn, row, body)
+    for hold in lifted:
         conn.execute(
             update(holds)
             .where(holds.c.id == hold)
@@ -290,7 +409,18 @@ def _lift(
                 lift_reason=reason,
             )
         )
-    return f"{row['name']}: lifted {', '.join(found)}; the digest may be tried again"
+    return f"{row['name']}: lifted {', '.join(lifted)}; the digest may be tried again"
+
+
+def _in_force(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
+    """The holds that a lift ends; raises Refused when there is none."""
+    wanted = [holds.c.rollout == row["name"], holds.c.lifted_at.is_(None)]
+    if body.get("hold"):
+        wanted.append(holds.c.id == str(body["hold"]))
+    names = [hold for (hold,) in conn.execute(select(holds.c.id).where(*wanted))]
+    if not names:
+        raise Refused(409, f"{row['name']}: no hold is in force, nothing to lift")
+    return names
 
 
 def _stop(

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import structlog
 from sqlalchemy import Connection, Engine
 
-from controller import audit, ulid
+from controller import approvals, audit, ulid
 from controller.commands import add_hold
 from controller.evidence import Evidence
 from controller.manifests.kinds import Release
 from controller.orders import Broker, Issuer, Outbox, build
-from controller.rollout import desired, holdout, reconcile
+from controller.rollout import desired, holdout, reconcile, scope
 from controller.rollout.model import (
     ActiveHold,
     ActiveStop,
@@ -52,6 +52,7 @@ from controller.rollout.world import (
     Scored,
     World,
 )
+from controller.store import approvals as approval_rows
 from controller.store import rollouts as store
 from device_agent.protocol import Kind, Reason, State
 from telemetry import metrics
@@ -137,6 +138,8 @@ class Loop:
         self._holds: list[ActiveHold] = []
         self._stops: list[ActiveStop] = []
         self._commands: list[Command] = []
+        self._rules: dict[str, dict[str, int]] = {}
+        self._granted: dict[str, str] = {}
         self._rejected: frozenset[str] = frozenset()
         self._head: Head | None = None
         self._notices: dict[str, str] = {}
@@ -162,6 +165,7 @@ class Loop:
             commands = store.load_commands(conn)
             holds, rejected = store.load_holds(conn)
             stops = store.load_stops(conn)
+            rules, granted = approval_rows.load_rules(conn), approval_rows.load_granted(conn)
             for rollout, revision in store.revisions(conn).items():
                 known = self._rollouts.get(rollout)
                 if known is not None and known.revision != revision:
@@ -170,6 +174,8 @@ class Loop:
             self._devices[device.id] = device
             dirty.add(device.id)
         people = holds != self._holds or stops != self._stops
+        people |= rules != self._rules or granted != self._granted
+        self._rules, self._granted = rules, granted
         self._holds, self._stops, self._commands = holds, stops, commands
         self._rejected = rejected
         for row in reader.devices_changed(self._change):
@@ -271,6 +277,8 @@ class Loop:
             observations=self._evidence.observations(),
             watermark=self._evidence.watermark,
             recovered=self._recovered,
+            rules=self._rules,
+            granted=self._granted,
             musters=self._rollcall.musters,
             ended=self._rollcall.ended,
         )
@@ -337,6 +345,7 @@ class Loop:
         self._rollcall.people(self._world(), now)
         for fleet in head.manifests.fleets.values():
             self._baseline(conn, fleet.name, fleet.baseline, now)
+        self._rules = approvals.take_rules(conn, head, self._rules, now)
         store.put_meta(conn, "head_commit", head.commit)
         self._commit = head.commit
         return set(self._devices)
@@ -390,6 +399,8 @@ class Loop:
         rollout = replace(action.rollout, id=self._id(now))
         rollout = replace(rollout, flags={**rollout.flags, "watermark": self._evidence.watermark})
         store.insert_rollout(conn, rollout)
+        if "awaits" in rollout.flags:
+            approvals.ask_for_start(conn, rollout, now)
         self._rollouts[rollout.id] = rollout
         self._pinned[rollout.id] = action.pinned
         self._members[rollout.id] = {}
@@ -560,12 +571,23 @@ class Loop:
             last=last,
             memberships=speaking,
             past=past,
-            holds=[h for h in self._holds if h.fleet == device.fleet],
+            holds=[h for h in self._holds if h.fleet == device.fleet and self._holds_it(h, device)],
             stops=self._stops,
             proven=self._proven_for(device, now),
             on_unknown=str(fleet.on_unknown) if fleet else "keep",
             obeyed=self._governed_before(device, row),
         )
+
+    def _holds_it(self, hold: ActiveHold, device: Device) -> bool:
+        """Is the device in the hold's scope? Steps and cohorts are those of the hold's rollout."""
+        if hold.whole:
+            return True
+        for name, rollout in self._rollouts.items():
+            if rollout.name == hold.rollout and rollout.digest == hold.digest:
+                member = self._members.get(name, {}).get(device.id)
+                if scope.covers(hold.scope, device, member, self._pinned.get(name)):
+                    return True
+        return False
 
     def _governed_before(self, device: Device, row: DeviceRow | None) -> bool:
         """Was it told things by us that the wiped database does not know any more?"""

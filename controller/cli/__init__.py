@@ -18,6 +18,7 @@ _NOUNS = (
     "plan",
     "status",
     "verbs",
+    "approve",
     "replay",
     "devices",
     "release",

@@ -8,7 +8,29 @@ from typing import TYPE_CHECKING
 from controller.cli.errors import Failed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from sqlalchemy import Engine
+
+    from telemetry.report import DeviceRow
+
+
+def telemetry_rows(state_dir: Path, database: str | None) -> Callable[[], Mapping[str, DeviceRow]]:
+    """Reads the devices' last words when it is called; raises what ails the telemetry then."""
+
+    def heard() -> Mapping[str, DeviceRow]:
+        from controller.settings import Settings
+        from telemetry.store.database import open_engine as open_telemetry
+        from telemetry.store.reports import Store
+
+        settings = Settings(state_dir=state_dir, database=database)
+        engine = open_telemetry(settings.telemetry_url)
+        try:
+            return {row.device: row for row in Store(engine).devices_changed(0)}
+        finally:
+            engine.dispose()
+
+    return heard
 
 
 def open_engine(state_dir: Path, database: str | None) -> Engine:

@@ -49,6 +49,22 @@ def _command(kind: str) -> Callable[..., None]:
             str | None, typer.Option(help="rollback: previous, or the name of a release.")
         ] = None,
         hold: Annotated[str | None, typer.Option(help="lift: the id of one hold.")] = None,
+        cohort: Annotated[
+            str | None, typer.Option(help="rollback, hold: this cohort's devices alone.")
+        ] = None,
+        step: Annotated[
+            int | None, typer.Option(min=1, help="rollback, hold: this step's devices alone.")
+        ] = None,
+        device: Annotated[
+            list[str] | None, typer.Option(help="rollback, hold: this device alone; repeatable.")
+        ] = None,
+        label: Annotated[
+            list[str] | None,
+            typer.Option(help="rollback, hold: devices with KEY=VALUE alone; repeatable."),
+        ] = None,
+        break_glass: Annotated[
+            bool, typer.Option("--break-glass", help="Without the second person; is told to all.")
+        ] = False,
         if_revision: Annotated[
             int | None, typer.Option(help="Refuse when the rollout has moved on since.")
         ] = None,
@@ -62,7 +78,11 @@ def _command(kind: str) -> Callable[..., None]:
         output: Format = Output.TABLE,
     ) -> None:
         body = {"reason": reason, "incident": incident, "to": to, "hold": hold}
-        given = {name: value for name, value in body.items() if value}
+        given: dict[str, Any] = {name: value for name, value in body.items() if value}
+        if scope := _scope(cohort, step, device, label):
+            given["scope"] = scope
+        if break_glass:
+            given["breakGlass"] = True
         if state_dir is not None:
             done = _direct(kind, rollout, given, if_revision, dry_run, state_dir, database)
         else:
@@ -71,6 +91,27 @@ def _command(kind: str) -> Callable[..., None]:
 
     command.__name__ = kind
     return command
+
+
+def _scope(
+    cohort: str | None, step: int | None, device: list[str] | None, label: list[str] | None
+) -> dict[str, Any]:
+    """The part of the fleet that was named; empty for all of it."""
+    found: dict[str, Any] = {}
+    if cohort:
+        found["cohort"] = cohort
+    if step is not None:
+        found["step"] = step - 1
+    if device:
+        found["devices"] = device
+    if label:
+        pairs = [one.partition("=") for one in label]
+        if not all(key and sign for key, sign, _ in pairs):
+            raise Failed("--label: write KEY=VALUE", 2)
+        found["selector"] = {"matchLabels": {key: value for key, _, value in pairs}}
+    if len(found) > 1:
+        raise Failed("one of --cohort, --step, --device, --label", 2)
+    return found
 
 
 def stop(
@@ -126,10 +167,10 @@ def _direct(
     from controller.cli.direct import open_engine
 
     engine = open_engine(state_dir, database)
-    rest = {k: v for k, v in body.items() if k not in ("reason", "incident")}
+    rest = {k: v for k, v in body.items() if k not in ("reason", "incident", "breakGlass")}
     try:
         if dry_run and rollout is not None:
-            return commands.preview(engine, kind=kind, rollout=rollout)
+            return _preview(engine, kind, rollout, rest, state_dir, database)
         recorded = commands.record(
             engine,
             kind=kind,
@@ -140,6 +181,7 @@ def _direct(
             incident=body.get("incident"),
             if_revision=if_revision,
             now=time.time(),
+            break_glass=bool(body.get("breakGlass")),
         )
     except commands.Refused as error:
         raise Failed(error.message) from None
@@ -149,9 +191,20 @@ def _direct(
     return {
         "id": recorded.id,
         "revision": recorded.revision,
-        "state": "recorded",
+        "state": recorded.state,
         "sentence": recorded.sentence,
     }
+
+
+def _preview(
+    engine: Any, kind: str, rollout: str, body: dict[str, Any], state_dir: Any, database: str | None
+) -> dict[str, Any]:
+    """The blast radius by the databases themselves; without telemetry it says so."""
+    from controller import preview
+    from controller.cli.direct import telemetry_rows
+
+    heard = telemetry_rows(state_dir, database)
+    return preview.preview(engine, heard, kind=kind, rollout=rollout, body=body, now=time.time())
 
 
 def _show(done: dict[str, Any], output: Output) -> None:

@@ -317,6 +317,62 @@ class Preview(Answer):
     """What a verb would reach, without doing it."""
 
     kind: str = Field(examples=["rollback"])
+    sentence: str = Field(
+        examples=[
+            "rollback fsd-10.3.0: 5412 devices change now; 184 are offline and go back at their "
+            "next contact; 37 wait for their own safety (parked); 22 cannot go back (it ran "
+            "nothing before: waits for the fix-forward)"
+        ]
+    )
+
+
+class Straggler(Answer):
+    device: str
+    word: str = Field(description="changes | offline | waiting | cannot", examples=["waiting"])
+    why: str = Field(examples=["parked"])
+    last_contact: str | None
+
+
+class Recovery(Answer):
+    """Devices that a rollback has not reached yet, and why."""
+
+    rollout: str
+    name: str
+    release: str
+    state: str
+    count: int
+    groups: dict[str, int] = Field(examples=[{"offline": 12, "waiting": 3}])
+    telemetry: str
+    items: list[Straggler]
+    next: str | None
+
+
+class ApprovalAnswer(Answer):
+    id: str
+    kind: str = Field(examples=["promote"])
+    fleet: str
+    rollout: str
+    digest: str = Field(description="of `seen`: a vote names it", examples=[DIGEST])
+    seen: dict[str, Any]
+    proposer: str
+    reason: str
+    needs: int = Field(description="people besides the proposer")
+    approved_by: list[str]
+    state: str = Field(examples=["waiting"])
+    at: str
+    expires_at: str
+    decided_at: str | None
+    result: str
+
+
+class Approvals(Answer):
+    items: list[ApprovalAnswer]
+    next: str | None
+
+
+class Voted(Answer):
+    id: str
+    state: str = Field(examples=["granted"])
     sentence: str
 
 

@@ -12,7 +12,17 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from controller.broker_admin import BrokerUnavailable
-from controller.http import contract, identity, plans, problems, reads, services, session, verbs
+from controller.http import (
+    approving,
+    contract,
+    identity,
+    plans,
+    problems,
+    reads,
+    services,
+    session,
+    verbs,
+)
 from controller.http.dashboard import pages
 from controller.http.devicebook import DeviceBook
 from controller.http.events import Events
@@ -49,8 +59,8 @@ def create_app(deps: Deps) -> FastAPI:
     pages.install(app, deps)
     # The more special paths come first: `/devices/{d}:move` before anything that takes any name.
     routers = (
-        verbs.router, plans.router, services.api, reads.router, services.router, session.router,
-        identity.router,
+        verbs.router, approving.router, plans.router, services.api, reads.router, services.router,
+        session.router, identity.router,
         *pages.routers,
     )  # fmt: skip
     for router in routers:

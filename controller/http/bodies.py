@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
@@ -36,7 +36,23 @@ class Verb(Body):
     incident: Word | None = None
     to: Word | None = None
     hold: Id | None = None
+    scope: dict[str, Any] | None = Field(
+        default=None,
+        description="rollback, hold: one of all, step, cohort, selector, devices; left out: all",
+        examples=[{"cohort": "canary"}],
+    )
+    break_glass: bool = Field(
+        default=False, description="Without the second person that the fleet's rule asks for"
+    )
     if_revision: Annotated[int, Field(ge=0)] | None = None
+
+
+class Vote(Body):
+    """What an approval is answered with: `digest` is that of what was seen."""
+
+    digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+    reason: Reason = ""
+    break_glass: bool = False
 
 
 class Stop(Body):
@@ -45,6 +61,7 @@ class Stop(Body):
     reason: Reason
     incident: Word | None = None
     lift: bool = False
+    break_glass: bool = False
 
 
 class Device(Body):

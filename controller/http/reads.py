@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy import Connection, Row
 
+from controller import preview as previews
 from controller.http import answers, paging, suspecting
 from controller.http.access import Principal, Right, must_everywhere, needs
 from controller.http.contract import says
@@ -251,6 +252,36 @@ def evidence(
         items = [views.decision(entry, whole=True) for entry in found]
         about = _described(conn, [row])[0]
     return {**page(items, limit, items[-1]["id"] if items else ""), "v": 1, "rollout": about}
+
+
+@router.get("/rollouts/{rollout}/recovery", **says(answers.Recovery))
+def recovery(
+    rollout: str, deps: Given, book: Book, who: Viewer, cursor: Cursor = None, limit: Limit = 200
+) -> Plain:
+    """Who a rollback has not reached: offline, waiting for its own safety, or with no way back."""
+    with reading(deps.engine) as conn:
+        row = find(conn, rollout, who)
+    about, left = previews.recovery(
+        deps.engine,
+        book.seen,
+        rollout=row.id,
+        after=paging.key(cursor),
+        limit=limit,
+        now=deps.clock(),
+    )
+    seen = book.seen()
+    items: list[Plain] = [
+        {
+            "device": one.device,
+            "word": one.word,
+            "why": one.why,
+            "lastContact": views.when(seen[one.device].last_contact)
+            if one.device in seen
+            else None,
+        }
+        for one in left
+    ]
+    return {**about, **page(items, limit, items[-1]["device"] if items else "")}
 
 
 @router.get("/decisions/{decision}", **says(answers.DecisionWhole))

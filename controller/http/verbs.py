@@ -14,6 +14,7 @@ from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from controller import commands, wake
+from controller import preview as previews
 from controller.devices import NewDevice
 from controller.http import answers, bodies
 from controller.http.access import (
@@ -25,6 +26,7 @@ from controller.http.access import (
     needs_at_once,
 )
 from controller.http.contract import says
+from controller.http.devicebook import DeviceBook
 from controller.http.lanes import Lanes
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
@@ -126,6 +128,8 @@ def _stop(body: bodies.Stop, deps: Deps, who: Principal, dry: bool) -> Response:
     given = {"scope": body.scope, "value": body.value, **({"lift": True} if body.lift else {})}
     if dry:
         return JSONResponse(commands.preview_stop(deps.engine, given))
+    if body.break_glass:
+        must_everywhere(who, Right.BREAK_GLASS, "a stop reaches all of them")
     recorded = commands.record(
         deps.engine,
         kind="stop",
@@ -136,6 +140,7 @@ def _stop(body: bodies.Stop, deps: Deps, who: Principal, dry: bool) -> Response:
         incident=body.incident,
         if_revision=None,
         now=deps.clock(),
+        break_glass=body.break_glass,
     )
     _poke(deps)
     return JSONResponse(_recorded(recorded), 202)
@@ -237,22 +242,46 @@ def _verb(kind: str, ask: Ask, body: bodies.Verb, who: Principal) -> Response:
         row = find(conn, ask.rollout, who)
     must(who, Right.STOP if kind in STOPS else Right.START, row.fleet)
     if ask.dry:
-        shown = commands.preview(deps.engine, kind=kind, rollout=row.id)
-        return JSONResponse(shown, headers={"ETag": f'"{row.revision}"'})
+        return _preview(kind, ask, row, body)
+    if body.break_glass:
+        must(who, Right.BREAK_GLASS, row.fleet)
     recorded = commands.record(
         deps.engine,
         kind=kind,
         rollout=row.id,
-        body={k: v for k, v in (("to", body.to), ("hold", body.hold)) if v is not None},
+        body=_wants(kind, body),
         actor=who.name,
         reason=body.reason,
         incident=body.incident,
         if_revision=_seen_revision(ask.request, body, row.revision),
         now=deps.clock(),
+        break_glass=body.break_glass,
     )
     _poke(deps)
     answer = {**_recorded(recorded), "rollout": row.id}
     return JSONResponse(answer, 202, {"ETag": f'"{recorded.revision}"'})
+
+
+def _preview(kind: str, ask: Ask, row: Any, body: bodies.Verb) -> Response:
+    """What it would reach; its ETag belongs to the POST that follows."""
+    book: DeviceBook = ask.request.app.state.book
+    shown = previews.preview(
+        ask.deps.engine,
+        book.seen,
+        kind=kind,
+        rollout=row.id,
+        body=_wants(kind, body),
+        now=ask.deps.clock(),
+    )
+    shown["at"] = views.when(shown["at"])
+    return JSONResponse(shown, headers={"ETag": f'"{row.revision}"'})
+
+
+def _wants(kind: str, body: bodies.Verb) -> Plain:
+    given = {"to": body.to, "hold": body.hold, "scope": body.scope}
+    if body.scope is not None and kind not in ("rollback", "hold"):
+        raise Problem(422, f"{kind}: it has no scope", pointer="/scope")
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _seen_revision(request: Request, body: bodies.Verb, current: int) -> int | None:
@@ -277,8 +306,9 @@ def _recorded(recorded: commands.Recorded) -> Plain:
     return {
         "id": recorded.id,
         "revision": recorded.revision,
-        "state": "recorded",
+        "state": recorded.state,
         "sentence": recorded.sentence,
+        **({"digest": recorded.digest} if recorded.digest else {}),
     }
 
 

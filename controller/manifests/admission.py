@@ -248,7 +248,6 @@ class _Rules:
         for rollout in self._all.rollouts.values():
             strategy = rollout.strategy
             fields = [
-                ("urgency", rollout.urgency is not None),
                 ("strategy.offline.action", strategy.offline.action is not OfflineAction.DEFER),
                 ("strategy.onInconclusive", strategy.on_inconclusive.action == "grow"),
                 ("rollback.pace", rollout.rollback.pace != "immediate"),

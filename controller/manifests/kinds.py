@@ -8,8 +8,9 @@ copies. What depends on several documents is `admission`'s.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
@@ -30,6 +31,7 @@ Duration = Annotated[
 Share = Annotated[float, BeforeValidator(scalars.share)]
 Number = Annotated[float, BeforeValidator(scalars.number)]
 Whole = Annotated[int, BeforeValidator(scalars.whole)]
+People = Annotated[int, BeforeValidator(scalars.whole), Field(ge=1, le=5)]
 Truth = Annotated[bool, BeforeValidator(scalars.truth)]
 Margin = Annotated[float, BeforeValidator(scalars.margin), Field(gt=0)]
 Size = Annotated[int, BeforeValidator(scalars.size)]
@@ -150,11 +152,21 @@ class OnUnknown(StrEnum):
     CONVERGE = "converge"
 
 
+class Approvals(Model):
+    """How many people an act takes, who asks for it among them. A stop takes one, always."""
+
+    start: People = 1  # a release that a commit names
+    recall: People = 1  # one with `urgency`: beside the two names in the file
+    widen: People = 1  # `promote`
+    lift: People = 1  # the end of a hold or of a stop
+
+
 class Fleet(Named):
     selector: Selector
     health_policy: Name
     baseline: Mapping[Name, Name] = Field(default_factory=dict)
     on_unknown: OnUnknown = OnUnknown.KEEP
+    approvals: Approvals = Approvals()
     cohorts: Annotated[tuple[Cohort, ...], Field(min_length=1)]
 
 
@@ -363,11 +375,39 @@ class Strategy(Model):
     on_new_release: OnNewRelease = OnNewRelease.SUPERSEDE
 
 
+def _moment(text: str) -> float:
+    try:
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+            return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() + 86_400
+        found = datetime.fromisoformat(text)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"expires: {text[:40]!r} is no time: write 2026-11-30 or 2026-11-30T18:00:00Z"
+        ) from None
+
+
 class Urgency(Model):
     level: Literal["recall", "normal"]
     reason: Text
     expires: Text
     approved_by: tuple[Text, ...] = ()
+
+    @property
+    def recall(self) -> bool:
+        return self.level == "recall"
+
+    @property
+    def until(self) -> float:
+        """When it ends, Unix seconds; a day ends with the day, UTC."""
+        return _moment(self.expires)
+
+    @model_validator(mode="after")
+    def _two_people(self) -> Urgency:
+        if self.recall and len({name.strip().casefold() for name in self.approved_by}) < 2:
+            raise ValueError("approvedBy: a recall takes two different people")
+        _moment(self.expires)
+        return self
 
 
 class Holdout(Model):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from controller.manifests.kinds import Cohort, Mode
 from controller.rollout import controls, holdout, opening
-from controller.rollout.cohort import Candidate, assign, draw, halves, scored
+from controller.rollout.cohort import Candidate, assign, draw, halves, rank, scored
 from controller.rollout.desired import in_range
 from controller.rollout.follow import runs_target
 from controller.rollout.model import (
@@ -23,6 +23,7 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
 )
+from controller.rollout.standing import patience, reachable
 from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import Action, Change, Decision, Put, World
 
@@ -38,7 +39,9 @@ def draw_step(
             members = {m.device: m for m in put.members}
     everybody = _candidates(world, rollout, pinned)
     seed = f"{rollout.seed}/{rollout.step}"
-    if wave.fixes:
+    if wave.recall and everybody:
+        drawn = _draw_recall(world, rollout, pinned, wave, everybody, members, seed, now)
+    elif wave.fixes:
         drawn = _draw_fix(world, rollout, wave, everybody, seed)
     else:
         cohort = next(c for c in pinned.fleet.cohorts if c.name == wave.step.cohort)
@@ -214,6 +217,37 @@ def _draw_fix(
     first, control = halves(those, seed)
     free = [c for c in control if c.device.id not in world.members.get(rollout.id, {})]
     return _Drawn(exposed=first, control=free, size=len(those))
+
+
+def _draw_recall(
+    world: World,
+    rollout: Rollout,
+    pinned: Pinned,
+    wave: Wave,
+    everybody: list[Candidate],
+    members: Mapping[str, Member],
+    seed: str,
+    now: float,
+) -> _Drawn:
+    """The next of a recall's ramp, from the whole fleet; first whom we can reach."""
+    already = frozenset(m.device for m in members.values() if m.arm is not Arm.CONTROL)
+    limit = patience(world, rollout)
+    free = [
+        c
+        for c in everybody
+        if c.device.id not in already
+        and not runs(world, rollout, c.device)
+        and may_take(world, rollout, pinned, c.device)
+    ]
+    free.sort(
+        key=lambda c: (
+            not reachable(world, c.device.id, limit, now),
+            rank(f"{seed}/recall", c.device.id),
+        )
+    )
+    exposed = sum(m.arm is Arm.EXPOSED for m in members.values())
+    room = len(free) if wave.ramp is None else max(0, wave.ramp - exposed)
+    return _Drawn(exposed=free[:room], control=(), size=len(free))
 
 
 def _no_members(

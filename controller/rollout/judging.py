@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from controller.manifests.kinds import OnFailure, OnInconclusive
 from controller.rollout import case as casework
-from controller.rollout import telling
+from controller.rollout import recall, telling
 from controller.rollout.gate import Judgement, Verdict, judge
 from controller.rollout.model import (
     ADMITTING,
@@ -109,6 +109,8 @@ def _passes(
     if rollout.state is RolloutState.INCONCLUSIVE:
         return False
     last = rollout.step == len(pinned.waves) - 1
+    if wave.recall:
+        return recall.passes(seen, judgement, _min_share(pinned), last)
     open_ends = seen.waiting + seen.untold
     near = seen.decided + open_ends
     settled = open_ends == 0 if last else seen.decided >= _min_share(pinned) * near
@@ -198,6 +200,8 @@ def _passed_sentence(
         return (
             f"WIDENED by {by} after {wave.name} ({seen.words()}); gate said: {judgement.sentence}"
         )
+    if wave.recall:
+        return f"WIDENED — {wave.name}: {seen.words()}; by recall, no proof of safety asked"
     if judgement.verdict is Verdict.WIDEN:
         return judgement.sentence
     if seen.size == 0:
@@ -265,7 +269,7 @@ def _wait(
     soaking: bool,
     now: float,
 ) -> Iterator[Action]:
-    state, sentence = _under_way(world, rollout, wave, seen, judgement, soaking)
+    state, sentence = _under_way(world, rollout, wave, seen, judgement, soaking, now)
     overdue = _overdue(rollout, pinned, now)
     if overdue and state in ADMITTING:
         state, sentence = RolloutState.INCONCLUSIVE, f"INCONCLUSIVE — {overdue}; {sentence}"
@@ -303,14 +307,20 @@ def _wait(
 
 
 def _under_way(
-    world: World, rollout: Rollout, wave: Wave, seen: Standing, judgement: Judgement, soaking: bool
+    world: World,
+    rollout: Rollout,
+    wave: Wave,
+    seen: Standing,
+    judgement: Judgement,
+    soaking: bool,
+    now: float,
 ) -> tuple[RolloutState, str]:
     if rollout.state is RolloutState.INCONCLUSIVE:
         # Why it waits for a person stays said until one decides.
         return rollout.state, rollout.sentence
     if soaking:
         return RolloutState.SOAKING, judgement.sentence
-    held = telling.held_back(world, rollout)
+    held = telling.held_back(world, rollout, now)
     sentence = f"PROGRESSING — {wave.name}: {seen.words()}" + (f"; {held}" if held else "")
     return RolloutState.PROGRESSING, sentence
 

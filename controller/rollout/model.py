@@ -121,6 +121,12 @@ class ActiveHold:
     reason: str
     actor: str
     created_at: float
+    scope: Mapping[str, Any] = field(default_factory=lambda: {"all": True})
+
+    @property
+    def whole(self) -> bool:
+        """Is it against everybody? Then it ends the rollout; else `controller.rollout.scope`."""
+        return "all" in self.scope
 
     def rejects(self, digest: str, artifacts: Mapping[str, str]) -> bool:
         return digest == self.digest or not self.artifacts.isdisjoint(artifacts.values())

@@ -20,10 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from controller.manifests.kinds import Window
-from controller.rollout import telling, windows
+from controller.rollout import scope, step, telling, windows
 from controller.rollout.case import outcome
 from controller.rollout.cohort import rank
-from controller.rollout.follow import follow
 from controller.rollout.model import (
     ActiveHold,
     Arm,
@@ -188,6 +187,7 @@ class _Context(NamedTuple):
     windows: Sequence[Window]
     hold: ActiveHold | None  # of a rollout that goes back
     others: Sequence[str]  # the other active rollouts
+    partial: Sequence[ActiveHold]  # holds against a part of its devices
 
     @classmethod
     def of(cls, world: World, rollout: Rollout) -> _Context:
@@ -199,6 +199,7 @@ class _Context(NamedTuple):
             windows=pinned.rollout.windows,
             hold=rejecting(world, rollout) if back else None,
             others=[r.id for r in world.rollouts.values() if r.active and r.id != rollout.id],
+            partial=scope.partial(world, rollout),
         )
 
 
@@ -210,16 +211,7 @@ def _stand(world: World, rollout: Rollout, context: _Context, member: Member, no
     if back:
         after = came_back(world, rollout, context.hold, member, now)
     else:
-        after = follow(
-            member,
-            rollout,
-            world.devices.get(member.device),
-            row,
-            hearing=world.hearing,
-            patience=context.patience,
-            deaf=world.deaf,
-            now=now,
-        )
+        after = step.followed(world, rollout, member, context.patience, context.partial, now)
     why = None
     drawn = member.state is MemberState.DRAWN and member.arm is Arm.EXPOSED
     if drawn and near and after is member and member.step == rollout.step and not back:

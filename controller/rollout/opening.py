@@ -19,6 +19,7 @@ from dataclasses import replace
 from hashlib import sha256
 
 from controller.manifests import kinds
+from controller.rollout import approval, recall
 from controller.rollout.model import (
     ActiveHold,
     Arm,
@@ -60,18 +61,23 @@ def _one(world: World, head: Head, wanted: kinds.Rollout, now: float) -> Iterato
             "name another release, or lift the hold",
         )
         return
-    if last is not None and not _may_open(world, last, release):
+    urgent = recall.declared(wanted, now)
+    faster = urgent and last is not None and last.active and not world.pinned[last.id].recall
+    if last is not None and not faster and not _may_open(world, last, release):
         return
     if wanted.suspend:
         yield Notice(name=wanted.name, sentence=f"{wanted.release} waits: the rollout is suspended")
         return
     if last is not None and last.active:
-        mode = str(wanted.strategy.on_new_release)
+        mode = "supersede" if urgent else str(wanted.strategy.on_new_release)
         if mode != "supersede":
             verb = "waits for" if mode == "queue" else "is rejected while there is"
             yield Notice(name=wanted.name, sentence=f"{wanted.release} {verb} {last.release}")
             return
         yield from _supersede(last, wanted.release, now)
+    if recall.expired(wanted, now):
+        sentence = f"the urgency of {wanted.release} has expired: it goes through its normal steps"
+        yield Notice(name=wanted.name, sentence=sentence)
     yield from _open(world, head, wanted, fleet, policy, release, artifacts, now)
 
 
@@ -83,7 +89,8 @@ def newest(world: World, name: str) -> Rollout | None:
 def rejecting(
     world: World, fleet: str, digest: str, artifacts: dict[str, str]
 ) -> ActiveHold | None:
-    return next((h for h in world.holds if h.fleet == fleet and h.rejects(digest, artifacts)), None)
+    found = (h for h in world.holds if h.whole and h.fleet == fleet)
+    return next((h for h in found if h.rejects(digest, artifacts)), None)
 
 
 def _may_open(world: World, last: Rollout, release: kinds.Release) -> bool:
@@ -91,7 +98,8 @@ def _may_open(world: World, last: Rollout, release: kinds.Release) -> bool:
         return True
     ended = (RolloutState.ROLLED_BACK, RolloutState.HELD, RolloutState.ROLLING_BACK)
     in_force = any(
-        h.fleet == last.fleet and h.rejects(last.digest, last.artifacts) for h in world.holds
+        h.whole and h.fleet == last.fleet and h.rejects(last.digest, last.artifacts)
+        for h in world.holds
     )
     return last.state in ended and not in_force
 
@@ -121,16 +129,23 @@ def _open(
     artifacts: dict[str, str],
     now: float,
 ) -> Iterator[Action]:
-    ran = who_ran(world, fleet.name, release.fixes) if release.fixes else []
-    pinned = pin(
-        wanted, fleet, policy, release, fixes=release.fixes if len(ran) >= FEWEST else None
-    )
+    urgent = recall.declared(wanted, now)
+    ran = who_ran(world, fleet.name, release.fixes) if release.fixes and not urgent else []
+    fixes = release.fixes if len(ran) >= FEWEST else None
+    pinned = pin(wanted, fleet, policy, release, fixes=fixes, urgent=urgent)
     times = sum(1 for r in world.rollouts.values() if r.name == wanted.name)
     # One commit opens one rollout of a name: its id follows from them, so that a controller that
     # died after the opening finds the same one again.
     seed = sha256(f"{head.commit}/{wanted.name}/{release.digest}/{times}".encode()).hexdigest()
     state = RolloutState.PAUSED if world.recovered else RolloutState.PROGRESSING
     sentence = f"OPENED — {release.name} for {fleet.name}: {len(pinned.waves)} steps"
+    if urgent and wanted.urgency is not None:
+        people = " and ".join(wanted.urgency.approved_by)
+        sentence = f"RECALL — {release.name} for {fleet.name}: {wanted.urgency.reason}; by {people}"
+    awaits = approval.needed(world, head, fleet, pinned.to_json(), wanted.name, urgent=urgent)
+    if awaits is not None:
+        state = RolloutState.PENDING
+        sentence = f"PENDING — {release.name} for {fleet.name} waits for {approval.words(awaits)}"
     if world.recovered:
         sentence = (
             f"PAUSED — {release.name}: the control database is new but the devices were told "
@@ -154,7 +169,10 @@ def _open(
         updated_at=now,
         seed=seed,
         pinned=pinned.to_json(),
-        flags={"before": _before(world, fleet.name, artifacts)},
+        flags={
+            "before": _before(world, fleet.name, artifacts),
+            **({"awaits": awaits} if awaits is not None else {}),
+        },
     )
     yield Open(rollout=rollout, pinned=pinned)
 

@@ -12,6 +12,7 @@ Rules, in order of urgency:
 3. What people asked for: pause > resume > promote; the hold was rule 1.
 4. A commit that names another digest opens a rollout; one that names a rejected digest, or the
    same digest again, changes nothing.
+   One that waits for a second person's approval goes on when it has it; a stop never waits.
 5. An active rollout draws the members of its step, tells them within its limits, lets the step
    soak, and asks the gate. Loss of telemetry pauses; it never widens and never rolls back.
 """
@@ -22,8 +23,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from controller.rollout import approval, opening, retreat, step
 from controller.rollout import muster as musters
-from controller.rollout import opening, retreat, step
 from controller.rollout.model import ACTIVE, ActiveHold, Arm, Rollout, RolloutState
 from controller.rollout.retreat import NEVER_TOLD, rejecting
 from controller.rollout.world import Action, Change, Command, Decision, Finish, World
@@ -72,6 +73,13 @@ def _one(world: World, rollout: Rollout, told: set[str], now: float) -> Iterator
         yield from _end(world, rollout, hold, now)
     elif rollout.state is RolloutState.ROLLING_BACK:
         yield from retreat.going_back(world, rollout, musters.of(world, rollout, now), now)
+    elif "awaits" in rollout.flags:
+        after = approval.granted(world, rollout, now) if rollout.state in ACTIVE else None
+        if after is not None:
+            yield Change(rollout=after)
+            yield Decision(
+                rollout=rollout.id, kind="command", verdict="approve", sentence=after.sentence
+            )
     elif rollout.state in ACTIVE:
         yield from step.advance(world, rollout, musters.of(world, rollout, now), told, now)
 
@@ -171,13 +179,13 @@ def _obey(command: Command, rollout: Rollout, now: float) -> Rollout | None:
         flags = {k: v for k, v in rollout.flags.items() if k != "paused_by"}
         return replace(
             rollout,
-            state=RolloutState.PROGRESSING,
+            state=RolloutState.PENDING if "awaits" in rollout.flags else RolloutState.PROGRESSING,
             sentence=f"RESUMED by {command.actor}{because}",
             revision=rollout.revision + 1,
             updated_at=now,
             flags={**flags, "extended_at": rollout.soak, "resumed_at": now},
         )
-    if command.kind == "promote" and rollout.active:
+    if command.kind == "promote" and rollout.active and "awaits" not in rollout.flags:
         flags = {k: v for k, v in rollout.flags.items() if k != "paused_by"}
         return replace(
             rollout,

@@ -102,7 +102,8 @@ def rejecting(world: World, rollout: Rollout) -> ActiveHold | None:
     found = [
         hold
         for hold in world.holds
-        if hold.fleet == rollout.fleet
+        if hold.whole
+        and hold.fleet == rollout.fleet
         and (
             hold.digest == rollout.digest
             or (rollout.active and hold.rejects(rollout.digest, rollout.artifacts))

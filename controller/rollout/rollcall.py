@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from controller.rollout import scope
 from controller.rollout.case import ended
 from controller.rollout.model import ACTIVE, Member, MemberState, Rollout, RolloutState
 from controller.rollout.muster import Muster
@@ -89,7 +90,8 @@ class Rollcall:
         for name, muster in self.musters.items():
             rollout = world.rollouts[name]
             back = rollout.state is RolloutState.ROLLING_BACK
-            whom = world.members.get(name, {}) if back else muster.waiting()
+            everybody = back or scope.partial(world, rollout)
+            whom = world.members.get(name, {}) if everybody else muster.waiting()
             muster.touch(world, rollout, whom, now)
 
     def scored(self, world: World, fleet: str) -> None:

@@ -16,12 +16,12 @@ Pure. Rules, in order:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from controller.rollout import drawing, holdout, judging, telling
+from controller.rollout import drawing, holdout, judging, scope, telling
 from controller.rollout.follow import follow
-from controller.rollout.model import ADMITTING, Member, Rollout, RolloutState
+from controller.rollout.model import ADMITTING, ActiveHold, Member, Rollout, RolloutState
 from controller.rollout.standing import patience
 from controller.rollout.world import Action, Put, World
 
@@ -68,16 +68,32 @@ def next_look(world: World, rollout: Rollout, now: float) -> float:
     return min((at for at in moments if at is not None), default=math.inf)
 
 
+def followed(
+    world: World,
+    rollout: Rollout,
+    member: Member,
+    limit: float,
+    partial: Sequence[ActiveHold],
+    now: float,
+) -> Member:
+    """The member after its device's last word, or out by a partial hold; the same if unchanged."""
+    hold = scope.excluding(world, rollout, member) if partial else None
+    if hold is not None:
+        return scope.leave(member, hold, now)
+    return follow(
+        member,
+        rollout,
+        world.devices.get(member.device),
+        world.seen.get(member.device),
+        hearing=world.hearing,
+        patience=limit,
+        deaf=world.deaf,
+        now=now,
+    )
+
+
 def _followed(world: World, rollout: Rollout, muster: Muster, now: float) -> Iterator[Member]:
     limit, members = patience(world, rollout), world.members[rollout.id]
+    partial = scope.partial(world, rollout)
     for device in sorted(muster.moving):
-        yield follow(
-            members[device],
-            rollout,
-            world.devices.get(device),
-            world.seen.get(device),
-            hearing=world.hearing,
-            patience=limit,
-            deaf=world.deaf,
-            now=now,
-        )
+        yield followed(world, rollout, members[device], limit, partial, now)

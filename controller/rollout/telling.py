@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from controller.rollout import opening, windows
+from controller.rollout import opening, recall, windows
 from controller.rollout.desired import satisfied, stopped
 from controller.rollout.model import Arm, Member, MemberState, Rollout
 from controller.rollout.standing import Alike
@@ -28,7 +28,7 @@ def told(
 
     `busy`: devices that another rollout tells in this very turn; whom we tell is added.
     """
-    if held_back(world, rollout):
+    if held_back(world, rollout, now):
         return
     members = world.members.get(rollout.id, {})
     for device in sorted(muster.unsaid):
@@ -60,12 +60,15 @@ def next_look(wave: Wave, muster: Muster, now: float) -> float | None:
     return None if oldest is None else oldest + 60
 
 
-def held_back(world: World, rollout: Rollout) -> str:
+def held_back(world: World, rollout: Rollout, now: float) -> str:
     head = world.head
     if head is None:
         return ""
     if head.stale:
         return "Git was not heard for too long: nothing widens"
+    pinned = world.pinned.get(rollout.id)
+    if pinned is not None and pinned.recall and recall.expired(pinned.rollout, now):
+        return "the recall has expired: declare it again"
     edited = head.manifests.rollouts.get(rollout.name)
     # A later edit may tighten at once: suspend stops telling; the rest of it waits for a release.
     return "suspended" if edited is not None and edited.suspend else ""

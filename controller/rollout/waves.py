@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from controller.manifests.kinds import Fleet, HealthPolicy, Release, Rollout, Step
+
+RAMPS: tuple[int | None, ...] = (10, 100, 1000, None)  # of a recall: devices in all; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +24,13 @@ class Wave:
     index: int
     step: Step
     fixes: str | None = None
+    recall: bool = False
+    ramp: int | None = None  # of a recall: devices told in all by its end; None: all
 
     @property
     def name(self) -> str:
+        if self.recall:
+            return "recall, all" if self.ramp is None else f"recall, first {self.ramp:,}"
         share = f"{self.step.percent:.0%}" if self.step.percent < 1 else "all"
         return f"{self.fixes}'s devices" if self.fixes else f"{self.step.cohort} {share}"
 
@@ -38,6 +45,10 @@ class Pinned:
     release: Release
     waves: tuple[Wave, ...]
 
+    @property
+    def recall(self) -> bool:
+        return any(wave.recall for wave in self.waves)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "rollout": self.rollout.model_dump(mode="json"),
@@ -45,6 +56,7 @@ class Pinned:
             "policy": self.policy.model_dump(mode="json"),
             "release": self.release.model_dump(mode="json"),
             "fixes": next((wave.fixes for wave in self.waves if wave.fixes), None),
+            **({"recall": True} if self.recall else {}),
         }
 
     @staticmethod
@@ -55,7 +67,15 @@ class Pinned:
             HealthPolicy.model_validate(data["policy"]),
             Release.model_validate(data["release"]),
             fixes=data.get("fixes"),
+            urgent=bool(data.get("recall")),
         )
+
+
+def recalled(rollout: Rollout, fleet: Fleet) -> Rollout:
+    """The rollout as a recall carries it out: its ramps, no soak, no window, no holdout."""
+    step = Step(cohort=fleet.cohorts[-1].name, percent=1.0, soak=timedelta(0))
+    strategy = rollout.strategy.model_copy(update={"steps": (step,) * len(RAMPS)})
+    return rollout.model_copy(update={"strategy": strategy, "windows": (), "holdout": None})
 
 
 def pin(
@@ -65,8 +85,19 @@ def pin(
     release: Release,
     *,
     fixes: str | None = None,
+    urgent: bool = False,
 ) -> Pinned:
-    """Pin what a rollout is judged by; `fixes` only when there are devices that ran that one."""
+    """Pin what a rollout is judged by; `fixes` only when there are devices that ran that one.
+
+    `urgent`: as a recall, see `controller.rollout.recall`.
+    """
+    if urgent:
+        rollout = recalled(rollout, fleet)
+        waves = tuple(
+            Wave(index=i, step=step, recall=True, ramp=RAMPS[i])
+            for i, step in enumerate(rollout.strategy.steps)
+        )
+        return Pinned(rollout=rollout, fleet=fleet, policy=policy, release=release, waves=waves)
     steps = rollout.strategy.steps
     first = (Wave(index=0, step=steps[0], fixes=fixes),) if fixes else ()
     rest = tuple(Wave(index=len(first) + i, step=step) for i, step in enumerate(steps))

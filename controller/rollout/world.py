@@ -82,6 +82,8 @@ class World:
     observations: Mapping[str, Observations]  # by rollout id
     watermark: int
     heard_at: float | None = None  # server time of our last own probe; None: nobody asked
+    rules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # fleet → approvals rule
+    granted: Mapping[str, str] = field(default_factory=dict)  # rollout id → who approved its start
     recovered: bool = False  # the database was wiped: unfinished work opens Paused
     # Rollout id → its members as counted so far; where one is missing they are counted anew.
     musters: Mapping[str, Muster] = field(default_factory=dict)

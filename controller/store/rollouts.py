@@ -85,6 +85,14 @@ def load_members(conn: Connection) -> dict[str, dict[str, Member]]:
     return loaded
 
 
+def load_members_of(conn: Connection, ids: Sequence[str]) -> dict[str, dict[str, Member]]:
+    """The members of these rollouts."""
+    loaded: dict[str, dict[str, Member]] = {name: {} for name in ids}
+    for row in conn.execute(select(members).where(members.c.rollout.in_(list(ids)))):
+        loaded[row.rollout][row.device] = _member(dict(row._mapping))
+    return loaded
+
+
 def load_devices(conn: Connection, since: int) -> tuple[list[Device], int]:
     """Registry rows changed after `since`, and the newest change number."""
     rows = conn.execute(
@@ -119,6 +127,7 @@ def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
             reason=row.reason,
             actor=row.actor,
             created_at=row.created_at,
+            scope=row.scope or {"all": True},
         )
         for row in rows
         if row.lifted_at is None
