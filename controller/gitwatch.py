@@ -25,8 +25,10 @@ from sqlalchemy import Connection, Engine, insert, select, update
 
 from controller.fleetrepo import FleetRepo, RepoUnavailable
 from controller.manifests.admission import admit
+from controller.manifests.kinds import Hold
 from controller.manifests.reader import Manifests, Problem, Reading, read
 from controller.recorder import Recorder
+from controller.rollout import scope
 from controller.rollout.world import Head
 from controller.store import rollouts as store
 from controller.store.lease import Fenced
@@ -198,7 +200,7 @@ class GitWatch:
                         digest=hold.rejects_digest,
                         artifacts=self._changed(artifacts, manifests, hold.rollout),
                         to=str(hold.to),
-                        scope={"all": True},
+                        scope=_scope(hold),
                         reason=hold.reason,
                         actor=hold.actor,
                         incident=hold.incident,
@@ -297,6 +299,14 @@ def assess(
             blocked.setdefault(name, str(problem))
     head = Head(commit=commit, author=author, manifests=content.manifests, blocked=blocked)
     return head, problems
+
+
+def _scope(hold: Hold) -> dict[str, Any]:
+    """What Git says; a scope that means nothing holds for everybody, the safer reading."""
+    try:
+        return scope.checked(hold.scope)
+    except ValueError:
+        return dict(scope.EVERYBODY)
 
 
 def _rewritten(content: Reading, known: Mapping[str, str]) -> list[Problem]:

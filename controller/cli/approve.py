@@ -1,4 +1,4 @@
-"""`approve`, `approvals`, `recovery`: the second person's word, and whom a rollback has not reached."""
+"""`approve`, `approvals`, `recovery`: a second person's word; whom a rollback has not reached."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def approve(
     token: Token = None,
     output: Format = Output.TABLE,
 ) -> None:
-    """Approve what somebody else asked for: a start, a recall, a promotion, a lift, a looser rule."""
+    """Approve what somebody else asked for: start, recall, promotion, lift, a looser rule."""
     from controller.cli import show
     from controller.cli.client import Api
 

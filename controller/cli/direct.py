@@ -19,11 +19,11 @@ def telemetry_rows(state_dir: Path, database: str | None) -> Callable[[], Mappin
     """Reads the devices' last words when it is called; raises what ails the telemetry then."""
 
     def heard() -> Mapping[str, DeviceRow]:
-        from controller.settings import Settings
+        from controller.settings import load
         from telemetry.store.database import open_engine as open_telemetry
         from telemetry.store.reports import Store
 
-        settings = Settings(state_dir=state_dir, database=database)
+        settings = load({"state_dir": state_dir, "database": database})
         engine = open_telemetry(settings.telemetry_url)
         try:
             return {row.device: row for row in Store(engine).devices_changed(0)}

@@ -27,7 +27,11 @@ _OUT = frozenset({MemberState.LEFT, MemberState.BACK})
 
 def checked(plain: Mapping[str, Any] | None) -> dict[str, Any]:
     """The scope as it is kept; raises ValueError that says what to write."""
-    given = {key: value for key, value in (plain or EVERYBODY).items() if value is not None}
+    given = {
+        key: value
+        for key, value in (EVERYBODY if plain is None else plain).items()
+        if value is not None
+    }
     if len(given) != 1 or next(iter(given)) not in KINDS:
         raise ValueError(f"scope: one of {', '.join(KINDS)}")
     kind, value = next(iter(given.items()))
