@@ -126,7 +126,7 @@ class Story:
 
     def goes_out(self, version: str, why: str) -> None:
         """A healthy release: perfect scores first, then everybody."""
-        commit = self._release(version, why)
+        commit = self.release(version, why)
         rollout = self._opened(commit)
         canary = self._canary(rollout, version, commit)
         self._perfect(canary, rollout["id"])
@@ -138,7 +138,7 @@ class Story:
 
     def fails(self, version: str, why: str) -> bool:
         """The faulty release. True: caught and rolled back; False: it waits and says why."""
-        commit = self._release(version, why)
+        commit = self.release(version, why)
         rollout = self._opened(commit)
         self._act(f"canary {version}", commit, rollout)
         slight = self.wish.fault == "interventions" and self.wish.rise < SLIGHT
@@ -163,7 +163,7 @@ class Story:
 
     def fixed(self, version: str, broken: str, *, caught: bool) -> None:
         """Fix-forward: to those who ran the fault first, then through every step."""
-        commit = self._release(version, f"repairs {broken}", fixes=broken)
+        commit = self.release(version, f"repairs {broken}", fixes=broken)
         rollout = self._opened(commit)
         self._act(f"fix-forward {version}", commit, rollout)
         seen = self._follow(rollout["id"], commit, version)
@@ -201,7 +201,7 @@ class Story:
 
     # -- steps of an act --------------------------------------------------------------------------
 
-    def _release(self, version: str, why: str, *, fixes: str | None = None) -> str:
+    def release(self, version: str, why: str, *, fixes: str | None = None) -> str:
         """Publish, then the commit of a release manager: a release, and one line of the rollout."""
         text = self._publish(version, self._bundle(version))
         if fixes:
