@@ -17,9 +17,10 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import mqtt5
 
@@ -62,7 +63,7 @@ class Plan:
     @cached_property
     def stream(self) -> list[Message]:
         """In the order of publishing; the last one is the sentinel's."""
-        return list(self._mixed())
+        return list(self.mixed())
 
     @cached_property
     def refused(self) -> Counter[str]:
@@ -84,7 +85,8 @@ class Plan:
             "components": {"app": {"release": release, "digest": DIGEST, "committed": True}},
         }
 
-    def _mixed(self) -> Iterator[Message]:
+    def mixed(self) -> Iterator[Message]:
+        """The stream, made on the way."""
         dice = random.Random(self.seed)
         recent: list[Message] = []
         for message in self._honest(dice):
@@ -142,19 +144,17 @@ class Plan:
         return dice.choice(kinds)
 
 
-def packets(plan: Plan) -> list[bytes]:
-    """The stream as packets; the ids go round, far outside of the window."""
+def packets(messages: Iterable[Message]) -> Iterator[bytes]:
+    """As packets; the ids go round, far outside of the window."""
     qos = mqtt5.QoS.AT_LEAST_ONCE
-    return [
-        mqtt5.PublishPacket(
+    for number, message in enumerate(messages):
+        yield mqtt5.PublishPacket(
             message.topic,
             message.payload,
             qos=qos,
             retain=message.topic.endswith("reported"),
             packet_id=number % 60_000 + 1,
         ).write()
-        for number, message in enumerate(plan.stream)
-    ]
 
 
 class Session:
@@ -172,11 +172,10 @@ class Session:
             self._send(mqtt5.SubscribePacket(65_535, wanted).write())
             self._await(mqtt5.SubAckPacket)
 
-    def publish(self, pieces: list[bytes], rate: float | None = None) -> None:
+    def publish(self, data: Iterable[bytes], rate: float | None = None) -> None:
         """All of them; at most `rate` a second."""
-        began, sent = time.monotonic(), 0
-        for first in range(0, len(pieces), _PIECE):
-            some = pieces[first : first + _PIECE]
+        began, sent, source = time.monotonic(), 0, iter(data)
+        while some := list(islice(source, _PIECE)):
             while sent + len(some) - self.acked > WINDOW:
                 self._receive()
             if rate is not None:
@@ -230,12 +229,15 @@ class Session:
         return found
 
 
-def arguments(port: int, plan: Plan, *, await_ack: bool = False) -> list[str]:
-    """The command that publishes `plan`."""
+def arguments(
+    port: int, plan: Plan, *, await_ack: bool = False, rate: float | None = None
+) -> list[str]:
+    """The command that publishes `plan`, as fast as it goes or at a steady rate."""
     words = [sys.executable, "-m", "bench.load", str(port)]
     for name in ("seed", "devices", "messages", "samples", "duplicates", "hostile", "now"):
         words += [f"--{name}", repr(getattr(plan, name))]
-    return words + (["--await-ack"] if await_ack else [])
+    words += ["--await-ack"] if await_ack else []
+    return words + (["--rate", repr(rate)] if rate else [])
 
 
 def main() -> None:
@@ -244,14 +246,17 @@ def main() -> None:
     parser.add_argument("--await-ack", action="store_true")
     for name, kind in Plan.__annotations__.items():
         parser.add_argument(f"--{name}", type={"int": int, "float": float}[str(kind)])
+    parser.add_argument("--rate", type=float)
     told = vars(parser.parse_args())
-    port, await_ack = told.pop("port"), told.pop("await_ack")
-    data = packets(Plan(**told))
+    port, await_ack, rate = told.pop("port"), told.pop("await_ack"), told.pop("rate")
+    plan = Plan(**told)
+    # With a rate they are made on the way: a long run would not fit into memory.
+    data: Iterable[bytes] = packets(plan.mixed()) if rate else list(packets(plan.mixed()))
     session = Session(port, "bench-load", f"bw/v1/{SENTINEL}/ack" if await_ack else None)
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.monotonic()
-    session.publish(data)
+    session.publish(data, rate)
     sent = time.monotonic()
     if await_ack:
         session.await_heard(300.0)
