@@ -7,13 +7,14 @@ the process's begin to the first byte of its CONNECT at a listener of ours.
 
 from __future__ import annotations
 
+import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ SECONDS = 30.0
 _SETTLE = 8.0  # seconds: connected, first acks, caches warm
 _STARTS = 7
 _MIB = 1 << 20
+Environment = Mapping[str, str]
 _BARE = "import time\nwhile True: time.sleep(1)"
 
 
@@ -50,8 +52,9 @@ def run(options: Options) -> list[Row]:
     seconds, starts = options.seconds or SECONDS, options.runs or _STARTS
     with tempfile.TemporaryDirectory(prefix="bellwether-bench-") as folder:
         root = Path(folder)
-        bare = _bare(seconds, starts)
-        agent = _agent(root, seconds, starts)
+        environment = _installed(root)
+        bare = _bare(environment, seconds, starts)
+        agent = _agent(environment, root, seconds, starts)
     columns = {name: agent.of(name) for name in GOALS}
     rows = [
         Row(
@@ -68,29 +71,40 @@ def run(options: Options) -> list[Row]:
     return [*rows, Row(name="bare python", value=bare.of("rss_mib"), unit="MiB", more=nothing)]
 
 
-def _bare(seconds: float, starts: int) -> Cost:
+def _installed(root: Path) -> dict[str, str]:
+    """The environment of a device: byte code is on its disk, as an installation leaves it."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPYCACHEPREFIX": str(root / "byte-code")}
+
+
+def _bare(environment: Environment, seconds: float, starts: int) -> Cost:
     words = [sys.executable, "-c", _BARE]
-    with subprocess.Popen(words) as child:
+    with subprocess.Popen(words, env=environment) as child:
         time.sleep(1.0)
         try:
             rss, uss, cpu = _watched(child.pid, min(seconds, 5.0))
         finally:
             child.terminate()
     hello = [sys.executable, "-c", "import sys; sys.stdout.write('x'); sys.stdout.flush()"]
-    return Cost(rss_mib=rss, uss_mib=uss, cpu_ms_per_s=cpu, start_ms=_median(starts, _hello, hello))
+    return Cost(
+        rss_mib=rss,
+        uss_mib=uss,
+        cpu_ms_per_s=cpu,
+        start_ms=_median(starts, lambda: _hello(hello, environment)),
+    )
 
 
-def _agent(root: Path, seconds: float, starts: int) -> Cost:
+def _agent(environment: Environment, root: Path, seconds: float, starts: int) -> Cost:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(30.0)
         port = int(listener.getsockname()[1])
         words = _command(_enrolled(root / "start", port))
-        start = _median(starts, lambda w: _until_connect(w, listener), words)
+        start = _median(starts, lambda: _until_connect(words, environment, listener))
     state = root / "state"
     engine = servers.plant(state, None, [DEVICE])
     with servers.broker(root) as port, servers.ingest(state, port, None, engine):
         words = _command(_enrolled(root / "steady", port))
-        with subprocess.Popen(words) as child:
+        with subprocess.Popen(words, env=environment) as child:
             try:
                 time.sleep(_SETTLE)
                 rss, uss, cpu = _watched(child.pid, seconds)
@@ -134,22 +148,24 @@ def _watched(pid: int, seconds: float) -> tuple[float, float, float]:
     return memory.rss / _MIB, memory.uss / _MIB, 1000 * spent / elapsed
 
 
-def _median(times: int, once: Callable[[Sequence[str]], float], words: Sequence[str]) -> float:
-    once(words)  # byte code and page cache
-    return statistics.median(once(words) for _ in range(times))
+def _median(times: int, once: Callable[[], float]) -> float:
+    once()  # byte code and page cache
+    return statistics.median(once() for _ in range(times))
 
 
-def _hello(words: Sequence[str]) -> float:
+def _hello(words: Sequence[str], environment: Environment) -> float:
     began = time.monotonic()
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None  # noqa: S101
         child.stdout.read(1)
         return 1000 * (time.monotonic() - began)
 
 
-def _until_connect(words: Sequence[str], listener: socket.socket) -> float:
+def _until_connect(
+    words: Sequence[str], environment: Environment, listener: socket.socket
+) -> float:
     began = time.monotonic()
-    with subprocess.Popen(words) as child:
+    with subprocess.Popen(words, env=environment) as child:
         try:
             peer, _ = listener.accept()
             with peer:
