@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import signal
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +80,10 @@ def _enrol(options: argparse.Namespace) -> int:
 
 
 def _claim(server: str, token: str) -> dict[str, Any]:
+    import http.client
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(  # noqa: S310 - the scheme was checked
         f"{server}/api/v1/devices:enrol",
         data=json.dumps({"token": token}).encode(),

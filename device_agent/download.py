@@ -15,24 +15,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.client
 import json
 import os
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from device_agent.installers.slots import sync_directory
 from device_agent.machine import FetchRefused
 from device_agent.protocol import Reason
 from device_agent.update import Item
+
+if TYPE_CHECKING:  # imported where they are used: 3 MiB that a device needs for downloads only
+    import http.client
+    import urllib.error
+    import urllib.request
 
 SYNC_BYTES = 4 << 20
 _CHUNK = 64 << 10
@@ -53,9 +56,16 @@ class _Again(Exception):
         self.after = after
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object, **__: object) -> None:
-        return None
+@cache
+def _opener() -> urllib.request.OpenerDirector:
+    import urllib.request
+
+    class NoRedirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: object, **__: object) -> None:
+            return None
+
+    # No proxies from the environment: where a device fetches from is the order's word alone.
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects())
 
 
 class Downloader:
@@ -75,8 +85,6 @@ class Downloader:
         self._patience = patience or Patience()
         self._stop = stop or threading.Event()
         self._dice = dice
-        # No proxies from the environment: where a device fetches from is the order's word alone.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
 
     def __call__(self, item: Item, target: Path) -> None:
         """Raises FetchRefused with the reason; OSError when the disk fails."""
@@ -110,6 +118,10 @@ class Downloader:
         return float(self._dice() * highest)
 
     def _try(self, url: str, item: Item, target: Path, deadline: float) -> None:
+        import http.client
+        import urllib.error
+        import urllib.request
+
         part = target.with_name(target.name + ".part")
         offset, etag = _resume_at(part, item.size)
         request = urllib.request.Request(url, headers=self._headers(url))  # noqa: S310 - http(s)
@@ -117,7 +129,7 @@ class Downloader:
             request.add_header("Range", f"bytes={offset}-")
             request.add_header("If-Range", etag)
         try:
-            with self._opener.open(request, timeout=self._patience.timeout) as answer:
+            with _opener().open(request, timeout=self._patience.timeout) as answer:
                 self._receive(answer, item, part, offset if answer.status == 206 else 0, deadline)
         except urllib.error.HTTPError as error:
             with error:

@@ -14,15 +14,11 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from paho.mqtt import client as paho
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-
 from device_agent import agent as core
 from device_agent.agent import AckArrived, Connected, DesiredArrived, Disconnected, Event, Publish
+from device_agent.mqtt import PacketTypes, Properties, mqtt
 from device_agent.protocol import Channel, ProtocolError, parse_topic
 
-mqtt: Any = paho  # typed by whichever release of its stubs is about: none fits all versions
 SESSION_SECONDS = 7 * 86_400
 KEEPALIVE = 30
 

@@ -6,12 +6,9 @@ the link's. They meet in queues only; the core never waits for a disk or a netwo
 
 from __future__ import annotations
 
-import http.client
 import queue
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,6 +167,8 @@ class Runner:
 
     def _ask_desired(self) -> Event | None:
         """The order in force, over HTTP: signed, so that the road does not matter."""
+        import http.client
+
         try:
             payload = self._get(f"/api/v1/devices/{self._identity.device}/desired")
         except (OSError, http.client.HTTPException):
@@ -178,6 +177,9 @@ class Runner:
 
     def _server_answers(self) -> bool:
         """Any answer, even a refusal, proves that a network is there."""
+        import http.client
+        import urllib.error
+
         try:
             self._get("/livez")
         except (urllib.error.HTTPError, ConnectionRefusedError):
@@ -189,6 +191,8 @@ class Runner:
         return True
 
     def _get(self, path: str) -> bytes:
+        import urllib.request  # 3 MiB that a device with a broker never needs
+
         identity = self._identity
         request = urllib.request.Request(identity.server + path)  # noqa: S310 - enrolled, http(s)
         credentials = basic(identity.broker_username, identity.broker_password)

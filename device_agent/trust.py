@@ -23,9 +23,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from device_agent.protocol import (
     Desired,
     Kind,
@@ -36,6 +33,7 @@ from device_agent.protocol import (
     parse_timestamp,
 )
 
+KEY_BYTES = 32
 # A device whose battery-less clock starts at 1970 cannot tell whether a lease holds: it does not.
 CLOCK_IS_WRONG_BEFORE = 1_704_067_200.0  # 2024-01-01
 
@@ -81,7 +79,8 @@ def keyring(public_keys: tuple[str, ...]) -> dict[str, str]:
     ring = {}
     for text in public_keys:
         raw = bytes.fromhex(text)
-        Ed25519PublicKey.from_public_bytes(raw)
+        if len(raw) != KEY_BYTES:
+            raise ValueError(f"{text[:80]!r} is no Ed25519 key: {KEY_BYTES} bytes in hex")
         ring[sha256(raw).hexdigest()] = text
     return ring
 
@@ -152,6 +151,10 @@ def _verifies(signature: Signature, signed: bytes, keys: Mapping[str, str]) -> b
     public = keys.get(signature.keyid)
     if public is None:
         return False
+    # Imported for the first order: it would hold up the first connection.
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
         key.verify(bytes.fromhex(signature.sig), signed)
