@@ -1,8 +1,8 @@
 """The agent: what it costs the device, beside a Python that does nothing, measured in the same run.
 
 The real agent runs against a real broker and a real ingest process that acknowledges it, with one
-sample a second. Memory and processor time are read after it has settled; the start is the time from
-the process's begin to the first byte of its CONNECT at a listener of ours.
+sample a second. Memory and processor time are read after it has obeyed a signed order and settled;
+the start is the time from its begin to the first byte of its CONNECT at a listener of ours.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+import mqtt5
 import psutil
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Engine
 
 from bench import servers
+from bench.load import Session
 from bench.report import Options, Row
 from controller.keys import DirectorKey
 from device_agent.agent import Identity
+from device_agent.protocol import Channel, Desired, Kind, timestamp, topic
+from telemetry.store.reports import Store
 
 GOALS = {"rss_mib": 32.0, "uss_mib": 16.0, "cpu_ms_per_s": 2.0, "start_ms": 250.0}
 UNITS = {"rss_mib": "MiB", "uss_mib": "MiB", "cpu_ms_per_s": "ms/s", "start_ms": "ms"}
@@ -33,6 +39,7 @@ SECONDS = 30.0
 _SETTLE = 8.0  # seconds: connected, first acks, caches warm
 _STARTS = 7
 _MIB = 1 << 20
+_KEY = DirectorKey(Ed25519PrivateKey.generate())
 Environment = Mapping[str, str]
 _BARE = "import time\nwhile True: time.sleep(1)"
 
@@ -104,8 +111,10 @@ def _agent(environment: Environment, root: Path, seconds: float, starts: int) ->
     engine = servers.plant(state, None, [DEVICE])
     with servers.broker(root) as port, servers.ingest(state, port, None, engine):
         words = _command(_enrolled(root / "steady", port))
+        _order(port)
         with subprocess.Popen(words, env=environment) as child:
             try:
+                servers.until(lambda: _obeyed(engine), "the agent obeys its order")
                 time.sleep(_SETTLE)
                 rss, uss, cpu = _watched(child.pid, seconds)
             finally:
@@ -115,6 +124,32 @@ def _agent(environment: Environment, root: Path, seconds: float, starts: int) ->
     if heard < 0.7 * seconds:
         raise RuntimeError(f"{heard} samples heard in {seconds:g} s: the agent did not work")
     return Cost(rss_mib=rss, uss_mib=uss, cpu_ms_per_s=cpu, start_ms=start)
+
+
+def _order(port: int) -> None:
+    """A signed order that waits for the device, so that it has verified one when we look."""
+    order = Desired(
+        device=DEVICE,
+        term=1,
+        generation=1,
+        attempt="bench",
+        kind=Kind.NONE,
+        components={},
+        issued_at=timestamp(datetime.now(UTC)),
+    )
+    packet = mqtt5.PublishPacket(
+        topic(DEVICE, Channel.DESIRED),
+        _KEY.sign(order),
+        qos=mqtt5.QoS.AT_LEAST_ONCE,
+        retain=True,
+        packet_id=1,
+    )
+    Session(port, "bench-director").publish([packet.write()])
+
+
+def _obeyed(engine: Engine) -> bool:
+    row = Store(engine).device(DEVICE)
+    return row is not None and row.generation == 1
 
 
 def _command(directory: Path) -> list[str]:
@@ -127,7 +162,7 @@ def _enrolled(directory: Path, port: int) -> Path:
     directory.mkdir(parents=True)
     identity = Identity(
         device=DEVICE,
-        keys=(DirectorKey(Ed25519PrivateKey.generate()).public_hex,),
+        keys=(_KEY.public_hex,),
         server="http://127.0.0.1:9",
         broker_url=f"mqtt://127.0.0.1:{port}",
         broker_username=DEVICE,

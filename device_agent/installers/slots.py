@@ -23,12 +23,15 @@ import json
 import os
 import shutil
 import stat
-import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from device_agent.protocol import ID, Reason
+
+if TYPE_CHECKING:  # imported by the first bundle
+    import tarfile
 
 _CHUNK = 1 << 20
 
@@ -97,6 +100,8 @@ class Slots:
         here = self.holding(component, digest)
         if here is not None and self.intact(here):
             return here
+        import tarfile
+
         name = "b" if self._current(component) == "a" else "a"
         path = self._home(component) / name
         try:
@@ -216,6 +221,8 @@ def sync_directory(path: Path) -> None:
 
 
 def _unpack(bundle: Path, target: Path, limits: BundleLimits) -> None:
+    import tarfile
+
     files, size, seen = 0, 0, set()
     with tarfile.open(bundle, "r|*") as archive:
         for member in archive:

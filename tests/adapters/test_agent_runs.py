@@ -64,6 +64,50 @@ def test_the_agent_imports_the_standard_library_and_three_packages() -> None:
     assert foreign == set()
 
 
+WATCHED = """
+import atexit, json, sys
+atexit.register(lambda: print(json.dumps(sorted(sys.modules)), flush=True))
+from device_agent.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+ONLY_WHEN_NEEDED = {"asyncio", "cryptography", "email", "http.client", "psutil", "tarfile"}
+
+
+def test_a_device_that_only_reports_loads_neither_http_nor_cryptography(
+    tmp_path: Path, broker: int, web: Any
+) -> None:
+    modules = _modules_after(tmp_path, broker, web, order=None)
+    assert modules & ONLY_WHEN_NEEDED == (set() if sys.platform == "linux" else {"psutil"})
+
+
+def test_a_device_that_installed_a_release_loaded_three_packages_at_most(
+    tmp_path: Path, broker: int, web: Any
+) -> None:
+    modules = _modules_after(tmp_path, broker, web, order=_order(tmp_path, web))
+    assert {"cryptography", "http.client"} <= modules
+    tops = {name.partition(".")[0] for name in modules} - {"__main__", "__editable___"}
+    foreign = tops - set(sys.stdlib_module_names) - AGENT_MAY_IMPORT
+    assert {name for name in foreign if not name.startswith(("_editable", "__editable"))} == set()
+
+
+def _modules_after(tmp_path: Path, broker: int, web: Any, order: bytes | None) -> set[str]:
+    """What an agent has loaded when it was told to end: after its first words, or its update."""
+    directory, reports, server = tmp_path / "car", queue.Queue[Reported](), _Controller(broker)
+    _enrolled(directory, broker, web.port)
+    server.start(reports)
+    if order is not None:
+        server.client.publish("bw/v1/car-1/desired", order, qos=1, retain=True)
+    words = [sys.executable, "-c", WATCHED, "run", "--dir", str(directory)]
+    words += ["--trial-soak", "0.2", "--health-interval", "0.2"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as agent:
+        _until(reports, State.COMMITTED if order is not None else State.IDLE)
+        time.sleep(1.0 if order is None else 0.0)  # and some samples
+        agent.send_signal(signal.SIGTERM)
+        said, _ = agent.communicate(timeout=PATIENCE)
+    server.stop()
+    return set(json.loads(said))
+
+
 def test_status_of_a_stranger_says_what_to_do(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "device_agent", "status", "--dir", str(tmp_path)]
     said = subprocess.run(command, capture_output=True, check=False)
