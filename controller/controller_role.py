@@ -31,6 +31,7 @@ from controller.lease import Lease, lowest
 from controller.loop import Loop, Ports
 from controller.orders import Issuer
 from controller.recorder import Recorder
+from controller.rollout.recovery import MOST
 from controller.settings import Settings
 from controller.statuses import Statuses
 from controller.store import rollouts as store
@@ -73,7 +74,8 @@ def run(
 def _above_all_heard(reader: TelemetryReader) -> int:
     """Devices may know a higher term than a restored or wiped database does."""
     try:
-        heard = max((row.term for row in reader.devices_changed(0)), default=0)
+        terms = [row.term for row in reader.devices_changed(0) if row.term <= MOST]
+        heard = max(terms, default=0)
     except SQLAlchemyError as error:  # a rollback does not wait for telemetry
         log.warning("telemetry_unavailable", detail=str(error).splitlines()[0])
         heard = 0

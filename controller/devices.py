@@ -19,7 +19,7 @@ import hashlib
 import re
 import secrets
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,8 +81,17 @@ class Claim:
 
 
 class Registry:
-    def __init__(self, engine: Engine, accounts: Accounts, secret: bytes) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        accounts: Accounts,
+        secret: bytes,
+        *,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`changed` is called after each committed change: it keeps the registry's copy."""
         self._engine = engine
+        self._changed = changed
         self._accounts = accounts
         self._secret = secret
         self._known: set[str] = set()  # devices that the broker is known to know
@@ -120,6 +129,7 @@ class Registry:
                 subject=wanted[0].id if len(wanted) == 1 else f"{len(wanted)} devices",
                 detail={"devices": {d.id: d.fleet for d in wanted}},
             )
+        self._changed()
         self._give_accounts([d.id for d in wanted])
         return issued
 
@@ -142,6 +152,7 @@ class Registry:
                 subject=row.id,
                 detail={"fleet": row.fleet},
             )
+        self._changed()
         password = device_password(self._secret, row.id, row.password_issue)
         return Claim(device=row.id, fleet=row.fleet, password=password)
 
@@ -163,6 +174,7 @@ class Registry:
             store.change(conn, device, fleet=fleet, labels=new, moved_at=now)
             detail = {"from": row.fleet, "to": fleet, "labels": new, "reason": reason}
             _note(conn, now, actor, "move", device, detail)
+        self._changed()
 
     def retire(self, device: str, *, actor: str, reason: str, now: float) -> None:
         """Out for good: no orders, no rights, in no denominator."""
@@ -192,6 +204,7 @@ class Registry:
                 conn, [{"hash": _hashed(token), "device": device, "expires_at": expires}]
             )
             _note(conn, now, actor, "replace", device, {"reason": reason, "term": row.term + 1})
+        self._changed()
         self._take_accounts([device])
         return Issued(device=device, token=token, expires_at=expires)
 
@@ -218,10 +231,14 @@ class Registry:
         The broker is asked first: an account is made after its row, so one that has no row now
         was put out, and is not one that is just being made.
         """
+        self._changed()  # what other processes changed is copied, too
         with self._lock:
             self._accounts.ensure_services(self._secret)
             present = self._accounts.list_devices()
             wanted = dict(self.passwords())
+            if not wanted and self._is_empty():
+                # A wiped database knows nobody. That is no reason to cut off a fleet.
+                return 0, 0
             missing = [(name, word) for name, word in wanted.items() if name not in present]
             surplus = sorted(present - wanted.keys())
             if missing:
@@ -230,6 +247,10 @@ class Registry:
                 self._accounts.remove_devices(surplus)
             self._known = set(wanted)
         return len(missing), len(surplus)
+
+    def _is_empty(self) -> bool:
+        with reading(self._engine) as conn:
+            return store.count(conn) == 0
 
     def _admit(self, conn: Connection, wanted: Sequence[NewDevice], now: float) -> set[str]:
         """Write the rows; answers the ids that are new."""
@@ -285,6 +306,7 @@ class Registry:
             store.change(conn, device, status=status, moved_at=now)
             store.spend_tokens(conn, [device], now)
             _note(conn, now, actor, verb, device, {"reason": reason})
+        self._changed()
         self._take_accounts([device])
 
     def _give_accounts(self, ids: Sequence[str], issues: Mapping[str, int] | None = None) -> None:

@@ -21,10 +21,11 @@ class Evidence:
         self._ledgers: dict[str, Ledger] = {}
         self._read_to: dict[str, int] = {}
         self._rollouts: dict[str, Rollout] = {}
-        self.watermark = reader.watermark()
+        self.watermark = 0  # until the first `open` or `read`
 
     def open(self, rollout: Rollout, pinned: Pinned, members: Iterable[Member]) -> None:
         """Start the ledger of a rollout; rows from before it are the devices' own baselines."""
+        self.watermark = max(self.watermark, self._reader.watermark())
         self._ledgers[rollout.id] = Ledger(pinned.policy.judged)
         self._rollouts[rollout.id] = rollout
         for member in members:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -244,7 +244,8 @@ class GitWatch:
         problems = tuple(kept.pop("problems", ()))
         self._state = GitState(**kept, problems=problems)
         try:
-            self._current, _ = self._head(kept["accepted"], kept["author"])
+            head, _ = self._head(kept["accepted"], kept["author"])
+            self._current = replace(head, asked=False, heard=False) if head else None
         except (RepoUnavailable, OSError, ValueError):
             # The accepted commit stays the one to descend from; its tree comes with the fetch.
             log.warning("git", detail="the local clone is gone: waiting for the remote")
@@ -269,13 +270,8 @@ class GitWatch:
         last = self._state.heard_at or now
         if self._current is not None:
             stale = now - last > self._stale_after
-            self._current = Head(
-                commit=self._current.commit,
-                author=self._current.author,
-                manifests=self._current.manifests,
-                blocked=self._current.blocked,
-                stale=stale,
-            )
+            was = self._current.heard
+            self._current = replace(self._current, stale=stale, asked=True, heard=was or heard)
         with self._writing() as conn:
             store.put_meta(conn, "git", _json(self._state))
 

@@ -10,6 +10,7 @@ The tick's caller owns the clock. One loop at a time: every write is fenced by t
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +18,16 @@ from typing import Any, Protocol
 
 import structlog
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from controller import approvals, audit, ulid
 from controller.commands import add_hold
 from controller.evidence import Evidence
 from controller.manifests.kinds import Release
 from controller.orders import Broker, Issuer, Outbox, build
-from controller.rollout import desired, holdout, reconcile, scope
+from controller.registry_copy import RECOVERED
+from controller.rollout import desired, holdout, reconcile, recovery, scope, standing
+from controller.rollout.ears import Ears
 from controller.rollout.model import (
     ActiveHold,
     ActiveStop,
@@ -64,6 +68,9 @@ from telemetry.store.database import reading, writing
 log = structlog.get_logger()
 
 MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
+LATELY = 3600.0  # seconds: a device out of contact for longer is off
+CROWD = 5  # devices: fewer tell nothing about the road to them
+HEED = 30.0  # seconds after which a report of an older order means that ours was not received
 SCORES_LAST = 10.0  # seconds that a fleet's scores are used before they are computed again
 # Seconds before one order is issued again: a rollback that failed on its device, and a lease that
 # has passed by the device's clock (one that is wrong by years would ask for ever, at each report).
@@ -107,7 +114,7 @@ class Loop:
         except BaseException:
             self._loaded = False  # the database is the truth: read it again
             raise
-        self._outbox.publish()
+        self._outbox.publish(forward=self._asked)
         return taken
 
     # -- observe ----------------------------------------------------------------------------------
@@ -124,6 +131,7 @@ class Loop:
             }
             self._commit = store.get_meta(conn, "head_commit")
             self._recovered_at: float | None = store.get_meta(conn, "recovered_at")
+            self._recovered = store.get_meta(conn, RECOVERED) is not None
         self._catalog = desired.Catalog(releases=self._documents)
         self._pinned = {r.id: Pinned.from_json(r.pinned) for r in self._rollouts.values()}
         self._devices: dict[str, Device] = {}
@@ -133,8 +141,8 @@ class Loop:
         self._health = 0
         self._scores: dict[str, Scored] = {}
         self._days = ScoreDays(self._ports.reader)
-        self._deaf: list[tuple[float, float]] = []
-        self._hearing = self._ports.reader.hearing()
+        self._ears = Ears(0.0, now)
+        self._last_word = 0.0
         self._holds: list[ActiveHold] = []
         self._stops: list[ActiveStop] = []
         self._commands: list[Command] = []
@@ -145,11 +153,11 @@ class Loop:
         self._notices: dict[str, str] = {}
         self._noted: dict[str, str] = {}  # as the database has them
         self._evidence = Evidence(self._ports.reader)
-        for rollout in self._rollouts.values():
-            if rollout.active:
-                members = self._members.get(rollout.id, {}).values()
-                self._evidence.open(rollout, self._pinned[rollout.id], members)
-        self._recovered = False
+        self._blind = True  # until telemetry was read
+        self._asked = False  # until Git was asked
+        self._restored = False
+        self._unheeded: set[str] = set()
+        self._resent: dict[str, float] = {}
         self._first = True
         self._observed = now
         self._rollcall = Rollcall()
@@ -157,9 +165,6 @@ class Loop:
 
     def _observe(self, now: float) -> set[str]:
         """Take in what changed; answers the devices whose order may have to change."""
-        dirty: set[str] = set()
-        heard: list[str] = []
-        reader = self._ports.reader
         with reading(self._ports.engine) as conn:
             changed, self._registry = store.load_devices(conn, self._registry)
             commands = store.load_commands(conn)
@@ -170,34 +175,24 @@ class Loop:
                 known = self._rollouts.get(rollout)
                 if known is not None and known.revision != revision:
                     self._rollouts[rollout] = replace(known, revision=revision)
-        for device in changed:
-            self._devices[device.id] = device
-            dirty.add(device.id)
+        dirty = {device.id for device in changed}
+        self._devices |= {device.id: device for device in changed}
         people = holds != self._holds or stops != self._stops
         people |= rules != self._rules or granted != self._granted
         self._rules, self._granted = rules, granted
         self._holds, self._stops, self._commands = holds, stops, commands
         self._rejected = rejected
-        for row in reader.devices_changed(self._change):
-            before = self._seen.get(row.device)
-            self._seen[row.device] = row
-            self._change = max(self._change, row.change)
-            if before is not None and row.says_the_same(before):
-                heard.append(row.device)
-            else:
-                dirty.add(row.device)
-        self._hear(reader.hearing(), now)
-        self._evidence.read()
+        was_blind = self._blind
+        words, heard = self._listen(now)
+        dirty |= words
         head = self._ports.heads.current()
         wanted = people or head is not self._head
         self._head = head
+        asked, self._asked = self._asked, head is not None and head.asked
         world = self._world()
-        if self._first:
-            terms = [row.term for row in self._seen.values()]
-            self._recovered = not self._rollouts and any(terms)
-            self._first = False
-            self._observed = now
-            self._rollcall.take(self._world(), now)
+        if self._first or was_blind is not self._blind or asked is not self._asked:
+            self._first, self._observed = False, now
+            self._rollcall.take(world, now)
             return set(self._devices)
         self._rollcall.devices(world, sorted(dirty), now)
         self._rollcall.contacts(world, heard, now)
@@ -211,18 +206,105 @@ class Loop:
         self._observed = now
         return dirty
 
-    def _hear(self, hearing: tuple[float, float], now: float) -> None:
-        """Note when our own ears were shut: silence and lost links of that time say nothing."""
-        if hearing[0] <= self._hearing[0] and now - self._hearing[1] > 5:
-            if self._deaf and self._deaf[-1][0] == self._hearing[1]:
-                self._deaf[-1] = (self._hearing[1], now)
-            else:
-                self._deaf = [*self._deaf[-20:], (self._hearing[1], now)]
+    def _listen(self, now: float) -> tuple[set[str], list[str]]:
+        """Take in telemetry: (devices that said something new, those that were only heard).
+
+        Without it the loop goes on, blind: it acts on holds and stops.
+        """
+        reader = self._ports.reader
+        words: set[str] = set()
+        heard: list[str] = []
+        try:
+            if self._blind:
+                self._begin_listening()
+            for row in reader.devices_changed(self._change):
+                before = self._seen.get(row.device)
+                self._seen[row.device] = row
+                self._change = max(self._change, row.change)
+                self._last_word = max(self._last_word, row.heard_clock)
+                if before is not None and row.says_the_same(before):
+                    heard.append(row.device)
+                else:
+                    words.add(row.device)
+                self._heed(row, now)
+            self._ears.hear(
+                reader.hearing(), self._last_word, now, quiet=self._quiet(), crowd=self._crowd
+            )
+            self._evidence.read()
+        except (SQLAlchemyError, OSError) as error:
+            if not self._blind or self._first:
+                log.error("telemetry_unavailable", detail=str(error).splitlines()[0])
+            self._blind, self._scores = True, {}
+        else:
+            if self._blind:
+                self._blind = False
+                self._find_what_was_lost()
+        return words, heard
+
+    def _quiet(self) -> float:
+        """Seconds without any contact that are worth a question."""
+        world = self._world()
+        patient = [standing.patience(world, r) for r in self._rollouts.values() if r.active]
+        return min(patient, default=math.inf) / 2
+
+    def _crowd(self) -> bool:
+        """Were devices heard lately to whom no current step has done anything?"""
+        touched = {
+            member.device
+            for rollout in self._rollouts.values()
+            if rollout.active
+            for member in self._members.get(rollout.id, {}).values()
+            if member.step == rollout.step and member.arm is Arm.EXPOSED
+        }
+        since = self._last_word - LATELY
+        lately = (d for d, row in self._seen.items() if row.heard_clock > since)
+        return sum(device not in touched for device in lately) >= CROWD
+
+    def _heed(self, row: DeviceRow, now: float) -> None:
+        """A report of an older order, long after ours was out: the broker may keep another one.
+
+        A leader that was stopped and woke up may have sent it; at most once in a while, because
+        who refuses our order reports just so.
+        """
+        order = self._orders.get(row.device)
+        if order is None or (row.term, row.generation) >= (order.term, order.generation):
+            self._resent.pop(row.device, None)
             return
-        self._hearing = hearing
+        since = max(order.at, self._resent.get(row.device, 0.0))
+        if (row.reported_at or 0.0) > since + HEED:
+            self._resent[row.device] = now
+            self._unheeded.add(row.device)
+
+    def _begin_listening(self) -> None:
+        """Read evidence from its beginning: what an outage left half read counts once."""
+        if self._change == 0:
+            self._ears = Ears(*self._ports.reader.hearing())
+        self._evidence = Evidence(self._ports.reader)
+        for rollout in self._rollouts.values():
+            if rollout.active:
+                members = self._members.get(rollout.id, {}).values()
+                self._evidence.open(rollout, self._pinned[rollout.id], members)
+
+    def _find_what_was_lost(self) -> None:
+        """Do devices obey words that the database does not know? It was wiped, or is a backup."""
+        lost = any(
+            recovery.foreign(
+                device,
+                self._seen.get(device.id),
+                self._orders.get(device.id),
+                self._recovered_at,
+            )
+            for device in self._devices.values()
+        )
+        if lost and self._rollouts:
+            self._restored = True
+            log.warning("restored", detail="devices obey newer orders than the database knows")
+        self._recovered = self._recovered or (lost and not self._rollouts)
 
     def _score(self, now: float) -> None:
         """Scores for the fleets whose rollouts are about to draw."""
+        if self._blind:
+            return
         for rollout in self._rollouts.values():
             drawing = rollout.active and rollout.flags.get("drawn") != rollout.step
             if drawing:
@@ -260,9 +342,9 @@ class Loop:
             head=self._head,
             devices=self._devices,
             seen=self._seen,
-            hearing=self._hearing[0],
-            heard_at=self._hearing[1],
-            deaf=self._deaf,
+            hearing=self._ears.clock,
+            heard_at=self._ears.heard_at,
+            deaf=self._ears.deaf,
             rollouts=self._rollouts,
             members=self._members,
             pinned=self._pinned,
@@ -279,6 +361,8 @@ class Loop:
             recovered=self._recovered,
             rules=self._rules,
             granted=self._granted,
+            restored=self._restored,
+            blind=self._blind,
             musters=self._rollcall.musters,
             ended=self._rollcall.ended,
         )
@@ -288,7 +372,7 @@ class Loop:
         self._score(now)
         actions = [] if new_head else self._ask(now)
         silent = all(isinstance(action, Notice) for action in actions)
-        if silent and not (new_head or dirty or self._notices != self._noted):
+        if silent and not (new_head or dirty or self._unheeded or self._notices != self._noted):
             return 0
         taken = 0
         with writing(self._ports.engine) as conn:
@@ -312,6 +396,13 @@ class Loop:
             if self._notices != self._noted:
                 store.put_meta(conn, "notices", self._notices)
                 self._noted = self._notices
+            store.unpublish(conn, sorted(self._unheeded))
+            done = self._recovered and self._head is not None and not self._head.blocked
+            if done:
+                store.delete_meta(conn, RECOVERED)
+        self._recovered = self._recovered and not done
+        self._restored = False
+        self._unheeded = set()
         return taken
 
     def _ask(self, now: float) -> list[Action]:
@@ -404,7 +495,8 @@ class Loop:
         self._rollouts[rollout.id] = rollout
         self._pinned[rollout.id] = action.pinned
         self._members[rollout.id] = {}
-        self._evidence.open(rollout, action.pinned, ())
+        if rollout.active:
+            self._evidence.open(rollout, action.pinned, ())
         self._rollcall.changed(self._world(), None, rollout, now)
         opened = Decision(
             rollout=rollout.id, kind="open", verdict="opened", sentence=rollout.sentence
@@ -541,15 +633,30 @@ class Loop:
 
     def _order_of(self, device: Device, now: float) -> tuple[Order, dict[str, Any]] | None:
         row, last = self._seen.get(device.id), self._orders.get(device.id)
-        target = desired.compose(self._place(device, row, last, now), self._catalog, now)
+        place = self._place(device, row, last, now)
+        target = desired.compose(place, self._catalog, now)
         if target is None:
             return None
         running = row.components if row else {}
-        if not desired.differs(target, last, running) and not _stale(last, row, now):
+        again = place.foreign or _stale(last, row, now)
+        if not (again or desired.differs(target, last, running)):
             return None
         if last is None and row is None:
             return None  # never heard and never told: its first report says what it runs
+        if not self._may_go(place, target):
+            return None
         return build(self._issuer, device, target, self._catalog, last, row, now)
+
+    def _may_go(self, place: desired.Place, target: desired.Target) -> bool:
+        """Going back always; forward, or by a lost memory, only with Git and telemetry at hand."""
+        head = self._head
+        if target.kind is Kind.ROLLBACK:
+            return True
+        if place.foreign:
+            return head is not None and head.heard and not self._blind
+        if not desired.moves(target, place.running):
+            return True
+        return head is not None and head.asked and not self._blind
 
     def _place(
         self, device: Device, row: DeviceRow | None, last: Order | None, now: float
@@ -575,7 +682,7 @@ class Loop:
             stops=self._stops,
             proven=self._proven_for(device, now),
             on_unknown=str(fleet.on_unknown) if fleet else "keep",
-            obeyed=self._governed_before(device, row),
+            foreign=recovery.foreign(device, row, last, self._recovered_at),
         )
 
     def _holds_it(self, hold: ActiveHold, device: Device) -> bool:
@@ -588,13 +695,6 @@ class Loop:
                 if scope.covers(hold.scope, device, member, self._pinned.get(name)):
                     return True
         return False
-
-    def _governed_before(self, device: Device, row: DeviceRow | None) -> bool:
-        """Was it told things by us that the wiped database does not know any more?"""
-        at = self._recovered_at
-        if at is None or row is None or row.generation == 0:
-            return False
-        return device.moved_at is None or device.moved_at < at
 
     def _proven_for(self, device: Device, now: float) -> dict[str, Proven]:
         found: dict[str, Proven] = {}
@@ -614,8 +714,6 @@ def _stale(last: Order | None, row: DeviceRow | None, now: float) -> bool:
     """Must the same order go out again, under a new generation?"""
     if last is None or row is None:
         return False
-    if (row.term, row.generation) > (last.term, last.generation):
-        return True  # it obeys a newer word than ours: a restored backup, or another controller
     if now - last.at <= AGAIN or row.generation != last.generation:
         return False
     waits_for_lease = Reason.LEASE_EXPIRED in row.blocked_by and last.kind == Kind.INSTALL

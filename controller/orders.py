@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 from controller.keys import DirectorKey
 from controller.rollout.desired import Catalog, Target
 from controller.rollout.model import Device, Order, Told
+from controller.rollout.recovery import MOST
 from controller.store import rollouts as store
 from device_agent.protocol import Channel, ComponentOrder, Desired, Kind, timestamp, topic
 from telemetry import metrics
@@ -58,8 +59,9 @@ def build(
     now: float,
 ) -> tuple[Order, dict[str, Any]]:
     """(the order, its row for the desired table): signed, and newer than all the device knows."""
-    term = max(issuer.term + device.term, row.term if row else 0)
-    generation = 1 + max(last.generation if last else 0, row.generation if row else 0)
+    known = row if row is not None and max(row.term, row.generation) <= MOST else None
+    term = max(issuer.term + device.term, known.term if known else 0)
+    generation = 1 + max(last.generation if last else 0, known.generation if known else 0)
     issued = datetime.fromtimestamp(now, UTC)
     forward = target.kind is Kind.INSTALL
     order = Order(
@@ -133,12 +135,12 @@ class Outbox:
         self._broker = broker
         self._batch = batch
 
-    def publish(self) -> int:
-        """Send all that waits; answers how many the broker took."""
+    def publish(self, *, forward: bool = True) -> int:
+        """Send all that waits (without `forward`: what leads back); how many the broker took."""
         sent = 0
         while True:
             with reading(self._engine) as conn:
-                waiting = store.unpublished(conn, self._batch)
+                waiting = store.unpublished(conn, self._batch, forward=forward)
                 if waiting and self._term is not None:
                     store.check(conn, self._term)
             if not waiting:

@@ -29,6 +29,7 @@ from controller.broker_roles import device_password, service_password
 from controller.controller_role import AlreadyRunning
 from controller.devices import Registry
 from controller.keys import DirectorKey
+from controller.registry_copy import RegistryCopy
 from controller.settings import Settings
 from controller.store import devices as registry_rows
 from controller.store.database import open_control
@@ -42,6 +43,8 @@ log = structlog.get_logger()
 
 ROLES = ("ingest", "controller", "api")
 RESTART_AFTER = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before the n-th restart in a row
+PARENT = "BELLWETHER_PARENT"  # in the environment of a role: the process that watches it
+ORPHAN_ENDS = 10.0  # seconds that an orphaned role has for an orderly end
 STEADY = 30.0  # a child that lived this long has recovered
 
 
@@ -106,7 +109,9 @@ def run_api(settings: Settings, stopping: threading.Event) -> None:
 
     engine, secret = control_engine(settings), load_secret(settings.state_dir)
     admin = BrokerAdmin(settings.broker or "", *broker_credentials(settings, "admin"))
-    registry = Registry(engine, admin, secret)
+    copy = RegistryCopy(engine, settings.state_dir)
+    copy.open(time.time())
+    registry = Registry(engine, admin, secret, changed=copy.catch_up)
     app = create_app(
         Deps(
             engine=engine,
@@ -154,6 +159,9 @@ def serve(settings: Settings) -> int:
     stopping = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stopping.set())
+    if (parent := os.environ.pop(PARENT, "")).isdigit():
+        watch = threading.Thread(target=_end_with, args=(int(parent), stopping), daemon=True)
+        watch.start()
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     try:
         if settings.role == "all":
@@ -167,6 +175,7 @@ def serve(settings: Settings) -> int:
 
 def _all(settings: Settings, stopping: threading.Event) -> int:
     engine = control_engine(settings)
+    RegistryCopy(engine, settings.state_dir).open(time.time())
     telemetry_store(settings)
     director_key(settings)
     secret = load_secret(settings.state_dir)
@@ -189,6 +198,17 @@ def _all(settings: Settings, stopping: threading.Event) -> int:
             if ours is not None and not ours.alive:
                 _restart_broker(ours, _passwords(engine, secret))
     return 0
+
+
+def _end_with(parent: int, stopping: threading.Event) -> None:
+    """A role whose parent was killed makes room: the next parent starts one of its own."""
+    while os.getppid() == parent:
+        if stopping.wait(0.25):
+            return
+    log.warning("orphaned", parent=parent)
+    stopping.set()
+    time.sleep(ORPHAN_ENDS)
+    os._exit(1)  # it hangs in something: what is committed is committed
 
 
 def _fresh(directory: Path) -> Path:
@@ -227,6 +247,7 @@ class Child:
 
     def start(self) -> None:
         environment = {**os.environ, **self._settings.environment(), "BELLWETHER_ROLE": self.role}
+        environment[PARENT] = str(os.getpid())
         self._process = subprocess.Popen(
             [sys.executable, "-m", "controller.cli", "serve"], env=environment
         )

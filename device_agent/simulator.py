@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import fnmatch
 import json
+import os
 import resource
 import signal
 import socket
@@ -466,8 +468,13 @@ class Device:
     # -- factory ----------------------------------------------------------------------------------
 
     def _leave_factory(self) -> None:
-        """Slot a holds the image, the journal says so, the outbox is full of recorded days."""
+        """Slot a holds the image, the journal says so, the outbox is full of recorded days.
+
+        The journal comes last, and at once: killed before it, the device leaves the factory again.
+        """
         now = time.time()
+        for begun in self._directory.glob("outbox.db*"):
+            begun.unlink()
         days = self._plan.history_days
         running: dict[str, ComponentReport] = {}
         entries = []
@@ -495,9 +502,12 @@ class Device:
             payload = protocol.encode(message)
             outbox.put(message.boot, message.seq, Channel.HEALTH, payload)
         outbox.close()
-        journal = Journal(self._directory / "journal.db")
+        made = self._directory / "journal.new"
+        made.unlink(missing_ok=True)
+        journal = Journal(made)
         journal.save(replace(update.Record(), running=running, history=tuple(entries)))
         journal.close()
+        made.rename(self._directory / "journal.db")
 
     def recorded(self) -> int:
         """Days of recorded history that the server has not acknowledged yet."""
@@ -597,20 +607,31 @@ def split(devices: Sequence[str], processes: int) -> Iterable[tuple[str, ...]]:
     return [part for part in parts if part]
 
 
-async def _main(plan: Plan) -> None:
+async def _main(plan: Plan, parent: int) -> None:
     fleet = Fleet(plan, _say)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, fleet.stop)
+    orphaned = loop.create_task(_until_orphaned(parent))
+    orphaned.add_done_callback(lambda _: fleet.stop())
     await fleet.run()
+    orphaned.cancel()
+
+
+async def _until_orphaned(parent: int) -> None:
+    """Whoever started us was killed: it, started again, starts another one of us."""
+    while os.getppid() == parent:
+        await asyncio.sleep(0.25)
 
 
 def main() -> int:
-    """`python -m device_agent.simulator PLAN.json`, until SIGTERM."""
-    plan = Plan.from_json(Path(sys.argv[1]).read_text())
+    """`python -m device_agent.simulator PLAN.json`, until SIGTERM or until its parent is gone."""
+    parent, file = os.getppid(), Path(sys.argv[1])
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    asyncio.run(_main(plan))
+    with file.open() as plan:
+        fcntl.flock(plan, fcntl.LOCK_EX)  # a process that is still ending has these devices
+        asyncio.run(_main(Plan.from_json(plan.read()), parent))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from controller.cli.errors import Failed
+from controller.cli.errors import Failed, Unreachable
 
 DENIED = 6
 
@@ -60,7 +60,7 @@ class Api:
         try:
             answer = self._client.request(method, f"/api/v1{path}", **how)
         except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise Failed(
+            raise Unreachable(
                 f"{self._server} does not answer ({error}): is `bellwether serve` running? "
                 "Name it with --server URL or BELLWETHER_SERVER"
             ) from None

@@ -94,19 +94,13 @@ def _play(story: Story, pids: Path | None) -> str:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `finally` ends the children
     try:
+        story.children.pid_file = pids
         story.set_up()
-        _write_pids(story, pids)
         story.baseline()
-        _write_pids(story, pids)
         story.acts_of_releases()
     except Failed as failed:
         return str(failed)
     return ""
-
-
-def _write_pids(story: Story, file: Path | None) -> None:
-    if file is not None:
-        file.write_text(json.dumps(story.children.pids(), indent=2) + "\n")
 
 
 def _devices_if_any(story: Story) -> list[dict[str, Any]]:

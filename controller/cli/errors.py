@@ -11,6 +11,10 @@ class Failed(Exception):
         self.code = code
 
 
+class Unreachable(Failed):
+    """Nobody answered: perhaps later."""
+
+
 def explained(error: Exception) -> str | None:
     """The sentence for faults of the surroundings; None for what is a fault of ours."""
     from sqlalchemy.exc import OperationalError

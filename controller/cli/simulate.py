@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controller.cli.errors import Failed
+from controller.cli.errors import Failed, Unreachable
 from controller.cli.options import SERVER, Server, Token
 
 if TYPE_CHECKING:
+    from controller.cli.client import Api
     from device_agent.simulator import Image, Script
+
+_ENROLLING = "enrolling.json"
 
 
 def register(app: typer.Typer) -> None:
@@ -59,13 +62,13 @@ def simulate(
     from device_agent.simulator import Plan
 
     directory.mkdir(parents=True, exist_ok=True)
-    names = _enrolled(directory)
-    if not names:
-        if tokens is not None:
-            names = _claim(directory, server, _tokens(tokens))
-        else:
-            given = _register(server, token, _wanted(devices, name, fleet, seed, label or []))
-            names = _claim(directory, server, given)
+    if tokens is not None:
+        names = _enrolled(directory) or _claim(directory, server, _tokens(tokens))
+    elif _begun(directory) is None and (known := _enrolled(directory)):
+        names = known
+    else:
+        wanted = _wanted(devices, name, fleet, seed, label or [])
+        names = _enrol(directory, server, token, wanted)
     plan = Plan(
         root=str(directory.resolve()),
         devices=tuple(names),
@@ -112,14 +115,84 @@ def _wanted(
     return found
 
 
-def _register(server: str, token: str | None, wanted: list[dict[str, Any]]) -> list[str]:
+def _begun(directory: Path) -> dict[str, Any] | None:
+    """An enrolment that was cut off: {wanted, registered}."""
+    import json
+
+    file = directory / _ENROLLING
+    return dict(json.loads(file.read_text())) if file.exists() else None
+
+
+def _begin(directory: Path, wanted: list[dict[str, Any]], *, registered: bool) -> None:
+    import json
+
+    from device_agent.installers.slots import write_durably
+
+    body = json.dumps({"wanted": wanted, "registered": registered})
+    write_durably(directory / _ENROLLING, body.encode(), 0o600)
+
+
+def _enrol(
+    directory: Path, server: str, token: str | None, wanted: list[dict[str, Any]]
+) -> list[str]:
+    """Enrol a fleet, or what an interrupted enrolment of it left over; its names.
+
+    Tokens live once: a claim whose answer never came is repeated with a new one. That is allowed
+    for devices that this directory has registered, never for somebody else's.
+    """
+    import time
+
+    begun = _begun(directory)
+    if begun is None:
+        _begin(directory, wanted, registered=False)
+    else:
+        wanted = begun["wanted"]
+    ours = begun is not None and bool(begun["registered"])
+    for pause in (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, None):
+        there = set(_enrolled(directory))
+        missing = [device for device in wanted if device["id"] not in there]
+        try:
+            given = _register(server, token, missing, ours=ours)
+            ours = True
+            _begin(directory, wanted, registered=True)
+            _claim(directory, server, given)
+            (directory / _ENROLLING).unlink()
+            return _enrolled(directory)
+        except Unreachable as error:
+            if pause is None:
+                raise
+            typer.echo(f"{error}; again in {pause:g} s", err=True)
+            time.sleep(pause)
+    raise AssertionError("the last round answers or raises")
+
+
+def _register(
+    server: str, token: str | None, wanted: list[dict[str, Any]], *, ours: bool
+) -> list[str]:
     from controller.cli.client import Api
 
     api, found = Api(server, token, timeout=300), []
     for start in range(0, len(wanted), 500):
-        answer = api.post("/devices", wanted[start : start + 500])
-        found += [str(item["token"]) for item in answer["items"]]
+        part = wanted[start : start + 500]
+        try:
+            found += [str(item["token"]) for item in api.post("/devices", part)["items"]]
+        except Unreachable:
+            raise
+        except Failed:
+            if not ours:
+                raise
+            found += [_token_again(api, device) for device in part]
     return found
+
+
+def _token_again(api: Api, device: dict[str, Any]) -> str:
+    try:
+        return str(api.post("/devices", [device])["items"][0]["token"])
+    except Unreachable:
+        raise
+    except Failed:
+        why = {"reason": "its enrolment was interrupted"}
+        return str(api.post(f"/devices/{device['id']}:replace", why)["token"])
 
 
 def _tokens(file: Path) -> list[str]:
@@ -166,7 +239,7 @@ def _claim_one(directory: Path, server: str, token: str) -> str:
             said = error.read(500).decode(errors="replace")
         raise Failed(f"a token was refused (HTTP {error.code}): {said}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Failed(f"{server}: enrolment failed: {error}") from None
+        raise Unreachable(f"{server}: enrolment failed: {error}") from None
     home = directory / identity.device
     private_directory(home)
     write_durably(home / "identity.json", identity.to_json().encode(), 0o600)
@@ -199,7 +272,7 @@ def _faults(file: Path | None) -> tuple[Script, ...]:
 
 
 def _run(plan: Any, directory: Path, processes: int) -> int:
-    """One child a process; all end when one does, or when we are told to."""
+    """One child a process; one that was killed is started again, and continues from its disk."""
     import signal
     import subprocess
     import sys
@@ -208,16 +281,24 @@ def _run(plan: Any, directory: Path, processes: int) -> int:
 
     from device_agent.simulator import split
 
-    children = []
+    commands = []
     for index, part in enumerate(split(plan.devices, processes)):
         file = directory / f"plan-{index}.json"
         file.write_text(replace(plan, devices=part).to_json())
-        command = [sys.executable, "-m", "device_agent.simulator", str(file)]
-        children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+        commands.append([sys.executable, "-m", "device_agent.simulator", str(file)])
+
+    def begin(command: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
     ending: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.append(1))
-    while not ending and all(child.poll() is None for child in children):
+    children = [begin(command) for command in commands]
+    while not ending and not any((child.poll() or 0) > 0 for child in children):
+        for index, child in enumerate(children):
+            if child.poll() is not None and not ending:
+                typer.echo(f"simulator {index} ended ({child.returncode}): again", err=True)
+                children[index] = begin(commands[index])
         time.sleep(0.2)
     for child in children:
         if child.poll() is None:

@@ -7,6 +7,7 @@ nothing here reaches into the service, its database or its devices.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ COMPONENT = "autopilot"
 POLICY = "driving"
 _RATE = 0.1  # interventions per hour of driving of a careful driver
 PACE = 8.0  # hours of driving a second
+_API_PATIENCE = 60.0  # seconds
 _FAULT_AFTER = 8.0  # hours of driving
 
 
@@ -240,10 +242,17 @@ class Repository:
 
 @dataclass(slots=True)
 class Children:
-    """Our child processes, by name; each writes its output to a file of its own."""
+    """Our child processes, by name; each writes its output to a file of its own.
+
+    One that was killed is started again, as an operating system's service manager does it, and
+    continues from its disk; one that ends by itself has failed.
+    """
 
     logs: Path
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pid_file: Path | None = None
+    _written: dict[str, int] = field(default_factory=dict)
 
     def start(self, name: str, *words: str) -> Path:
         log = self.logs / f"{name}.log"
@@ -255,14 +264,28 @@ class Children:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to handle, in order
             )
+        self.words[name] = words
         return log
 
     def check(self) -> None:
-        """Raises Failed, with its last words, when a child has ended."""
-        for name, child in self.running.items():
-            if child.poll() is not None:
+        """Raises Failed, with its last words, when a child has ended by itself."""
+        for name, child in list(self.running.items()):
+            code = child.poll()
+            if code is not None and code < 0:
+                self.start(name, *self.words[name])
+            elif code is not None:
                 tail = (self.logs / f"{name}.log").read_text(errors="replace")[-1500:]
-                raise Failed(f"{name} has ended (exit code {child.returncode}):\n{tail}")
+                raise Failed(f"{name} has ended (exit code {code}):\n{tail}")
+        self.write_pids()
+
+    def write_pids(self) -> None:
+        """Name who runs now; the file is replaced at once, so that no reader sees half of it."""
+        if self.pid_file is None or (found := self.pids()) == self._written:
+            return
+        fresh = self.pid_file.with_name(f".{self.pid_file.name}.new")
+        fresh.write_text(json.dumps(found, indent=2) + "\n")
+        fresh.replace(self.pid_file)
+        self._written = found
 
     def pids(self) -> dict[str, int]:
         """Every process of ours, with those that they have started."""
@@ -300,30 +323,38 @@ def free_port() -> int:
 class PublicApi:
     """Reads only."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, waiting: Callable[[], None] = lambda: None) -> None:
+        """`waiting` is called while the server does not answer."""
         self.server = server
+        self.waiting = waiting
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ready(self) -> bool:
         try:
             with self._opener.open(f"{self.server}/readyz", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def get(self, path: str) -> Any:
-        """None for what does not exist yet."""
-        try:
-            with self._opener.open(f"{self.server}/api/v1{path}", timeout=60) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code == 404:
-                    return None
-                said = error.read(500).decode(errors="replace")
-            raise Failed(f"GET {path}: HTTP {error.code}: {said}") from None
-        except OSError as error:
-            raise Failed(f"GET {path}: {error}") from None
+        """None for what does not exist yet. A server that is being started again is waited for."""
+        until = time.monotonic() + _API_PATIENCE
+        while True:
+            try:
+                with self._opener.open(f"{self.server}/api/v1{path}", timeout=60) as answer:
+                    return json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code == 404:
+                        return None
+                    said = error.read(500).decode(errors="replace")
+                if error.code < 500 or time.monotonic() > until:
+                    raise Failed(f"GET {path}: HTTP {error.code}: {said}") from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if time.monotonic() > until:
+                    raise Failed(f"GET {path}: {error}") from None
+            self.waiting()
+            time.sleep(0.3)
 
     def every(self, path: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ from controller.cli import stage
 from controller.cli.errors import Failed
 from controller.cli.stage import COMPONENT, FLEET, ROLLOUT, release_name
 
+_PUBLISH_PATIENCE = 30.0  # seconds: the same bytes may be published again
 _LOOK = 0.5  # seconds between two looks at the API
 SLIGHT = 2.0  # a rise below this may also end in a wait that says why
 
@@ -51,7 +52,7 @@ class Story:
         self.children = stage.Children(logs=self.root)
         port = stage.free_port()
         self.server = f"http://127.0.0.1:{port}"
-        self.api = stage.PublicApi(self.server)
+        self.api = stage.PublicApi(self.server, self.children.check)
         self.repository = stage.Repository(self.root)
 
     # -- the whole of it --------------------------------------------------------------------------
@@ -226,15 +227,20 @@ class Story:
 
         words = ["release", "publish", str(file), "--component", COMPONENT, "--version", version]
         words += ["--name", release_name(version), "--server", self.server]
-        done = subprocess.run(
-            [sys.executable, "-m", "controller.cli", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise Failed(f"release publish {version}: {done.stderr.strip()}")
-        return done.stdout
+        until = time.monotonic() + _PUBLISH_PATIENCE
+        while True:
+            done = subprocess.run(
+                [sys.executable, "-m", "controller.cli", *words],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if not done.returncode:
+                return done.stdout
+            if time.monotonic() > until:
+                raise Failed(f"release publish {version}: {done.stderr.strip()}")
+            self.children.check()
+            time.sleep(1.0)
 
     def _simulate(self, image: Path) -> Path:
         size, wish = self.size, self.wish

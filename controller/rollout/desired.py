@@ -5,7 +5,7 @@ Pure. Rules, in order, for each component (the first that speaks wins):
 1. A device that is not active in the registry gets nothing.
 2. Base: what it was last told. What the fleet has proven since then is newer and wins; so it does
    for a newcomer, that was never told anything. A digest nobody knows is kept (`onUnknown: keep`).
-   After the database was lost, what a governed device runs is its base: a baseline moves nobody.
+   Where the memory of what it was told is lost, what it runs is its base: a baseline moves nobody.
 3. A rollout whose member it is (told, not left) replaces the base for the components it changes.
 4. A digest that a hold rejects is replaced by the hold's destination: `stay` keeps what runs,
    `previous` is what this device itself committed before, else the proven release.
@@ -75,7 +75,7 @@ class Place:
     stops: Sequence[ActiveStop]
     proven: Mapping[str, Proven]  # component → for this hardware
     on_unknown: str = "keep"
-    obeyed: bool = False  # it has obeyed orders that a wiped database does not know any more
+    foreign: bool = False  # it obeys an order that we do not remember: see rollout.recovery
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +132,14 @@ def differs(target: Target, last: Order | None, running: Mapping[str, ComponentR
     return any(c not in running or running[c].digest != d for c, d in wanted.items())
 
 
+def moves(target: Target, running: Mapping[str, ComponentReport]) -> bool:
+    """Does the target name anything that the device does not run?"""
+    return any(
+        component not in running or running[component].digest != told.digest
+        for component, told in target.components.items()
+    )
+
+
 def satisfied(release: Release, installed: Mapping[str, str | None]) -> tuple[bool, str]:
     """Do these versions (component → version) meet what the release requires? With the sentence."""
     for need in release.requires:
@@ -167,11 +175,13 @@ def _base(place: Place, component: str, catalog: Catalog, now: float) -> Told | 
     told = place.last.components.get(component) if place.last else None
     proven = place.proven.get(component)
     running = place.running.get(component)
+    if place.foreign:
+        # A baseline is for newcomers. This device was governed before: what it runs was ordered.
+        if running is None:
+            return told
+        return Told(release=running.release, digest=running.digest, at=now, rollout=None)
     if told is not None and (proven is None or proven.at <= told.at):
         return told
-    # A baseline is for newcomers. This device was governed before: what it runs was once ordered.
-    if place.obeyed and told is None and running is not None and (not proven or proven.at <= 0):
-        return Told(release=running.release, digest=running.digest, at=0.0, rollout=None)
     known = running is None or catalog.owner(component, running.digest) is not None
     if not known and place.on_unknown != "converge":
         return told

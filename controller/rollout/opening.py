@@ -19,7 +19,7 @@ from dataclasses import replace
 from hashlib import sha256
 
 from controller.manifests import kinds
-from controller.rollout import approval, recall
+from controller.rollout import approval, recall, recovery
 from controller.rollout.model import (
     ActiveHold,
     Arm,
@@ -36,7 +36,7 @@ FEWEST = 8  # devices that ran the faulty release: fewer, halved, prove nothing 
 
 
 def decide(world: World, now: float) -> Iterator[Action]:
-    if world.head is None:
+    if world.head is None or not world.head.asked:
         return
     for name in sorted(world.head.manifests.rollouts):
         yield from _one(world, world.head, world.head.manifests.rollouts[name], now)
@@ -151,7 +151,7 @@ def _open(
             f"PAUSED — {release.name}: the control database is new but the devices were told "
             "things before; `resume` when that is right"
         )
-    rollout = Rollout(
+    opened = Rollout(
         id="",  # the loop gives it
         name=wanted.name,
         fleet=fleet.name,
@@ -174,7 +174,10 @@ def _open(
             **({"awaits": awaits} if awaits is not None else {}),
         },
     )
-    yield Open(rollout=rollout, pinned=pinned)
+    if world.recovered and (n := recovery.already_everywhere(world, opened)):
+        yield from recovery.completed(world, opened, pinned, n, now)
+        return
+    yield Open(rollout=opened, pinned=pinned)
 
 
 def returning(world: World, rollout: Rollout, now: float) -> Put | None:

@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from controller.rollout import approval, opening, retreat, step
+from controller.rollout import approval, opening, recovery, retreat, step
 from controller.rollout import muster as musters
 from controller.rollout.model import ACTIVE, ActiveHold, Arm, Rollout, RolloutState
 from controller.rollout.retreat import NEVER_TOLD, rejecting
@@ -54,7 +54,7 @@ def decide(world: World, now: float, awake: Awake | None = None) -> list[Action]
     for name in sorted(world.rollouts if awake is None else awake.rollouts):
         actions += _one(world, world.rollouts[name], told, now)
     actions += _commands(world, now)
-    if awake is None or awake.opening:
+    if (awake is None or awake.opening) and not world.blind:
         actions += opening.decide(world, now)
     return actions
 
@@ -71,6 +71,8 @@ def _one(world: World, rollout: Rollout, told: set[str], now: float) -> Iterator
     hold = rejecting(world, rollout)
     if hold is not None and _ends(rollout, hold):
         yield from _end(world, rollout, hold, now)
+    elif world.blind:
+        return  # who came back, who failed, who soaked: nobody knows
     elif rollout.state is RolloutState.ROLLING_BACK:
         yield from retreat.going_back(world, rollout, musters.of(world, rollout, now), now)
     elif "awaits" in rollout.flags:
@@ -80,6 +82,8 @@ def _one(world: World, rollout: Rollout, told: set[str], now: float) -> Iterator
             yield Decision(
                 rollout=rollout.id, kind="command", verdict="approve", sentence=after.sentence
             )
+    elif world.restored and rollout.state in recovery.MOVES:
+        yield from recovery.pause(rollout, now)
     elif rollout.state in ACTIVE:
         yield from step.advance(world, rollout, musters.of(world, rollout, now), told, now)
 

@@ -64,6 +64,8 @@ def held_back(world: World, rollout: Rollout, now: float) -> str:
     head = world.head
     if head is None:
         return ""
+    if not head.asked:
+        return "Git is being asked: a newer hold may stand there"
     if head.stale:
         return "Git was not heard for too long: nothing widens"
     pinned = world.pinned.get(rollout.id)

@@ -38,6 +38,8 @@ class Head:
     manifests: Manifests
     blocked: Mapping[str, str] = field(default_factory=dict)
     stale: bool = False  # Git was not heard for longer than gitStaleAfter: stops widening
+    asked: bool = True  # this process has asked Git: before, a newer hold may stand there
+    heard: bool = True  # and Git has answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,8 @@ class World:
     rules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # fleet → approvals rule
     granted: Mapping[str, str] = field(default_factory=dict)  # rollout id → who approved its start
     recovered: bool = False  # the database was wiped: unfinished work opens Paused
+    restored: bool = False  # it is older than what devices were told: what moves is paused
+    blind: bool = False  # telemetry cannot be read: holds and stops alone are acted upon
     # Rollout id → its members as counted so far; where one is missing they are counted anew.
     musters: Mapping[str, Muster] = field(default_factory=dict)
     ended: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # (failed, updated), so far

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 
 from controller.store.tables import devices, enrolment_tokens, meta
 
@@ -37,6 +37,10 @@ def get_many(conn: Connection, ids: Sequence[str]) -> dict[str, Row[Any]]:
         query = select(devices).where(devices.c.id.in_(ids[start : start + 500]))
         found |= {row.id: row for row in conn.execute(query)}
     return found
+
+
+def count(conn: Connection) -> int:
+    return int(conn.execute(select(func.count()).select_from(devices)).scalar_one())
 
 
 def add(conn: Connection, rows: Sequence[Mapping[str, Any]]) -> None:

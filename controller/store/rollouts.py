@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, true, update
 
 from controller.rollout.model import (
     ACTIVE,
@@ -61,6 +61,10 @@ def put_meta(conn: Connection, key: str, value: Any) -> None:
     done = conn.execute(update(meta).where(meta.c.key == key).values(value=value))
     if not done.rowcount:
         conn.execute(insert(meta).values(key=key, value=value))
+
+
+def delete_meta(conn: Connection, key: str) -> None:
+    conn.execute(delete(meta).where(meta.c.key == key))
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -182,11 +186,16 @@ def load_releases(conn: Connection) -> dict[str, Mapping[str, Any]]:
     return {row.name: row.document for row in rows}
 
 
-def unpublished(conn: Connection, limit: int = 5_000) -> list[tuple[str, bytes, int, str]]:
-    """(device, envelope, generation, kind) of orders that the broker may not have yet."""
+def unpublished(
+    conn: Connection, limit: int = 5_000, *, forward: bool = True
+) -> list[tuple[str, bytes, int, str]]:
+    """(device, envelope, generation, kind) of orders that the broker may not have yet.
+
+    Without `forward`, those alone that lead back.
+    """
     rows = conn.execute(
         select(desired.c.device, desired.c.body, desired.c.generation, desired.c.kind)
-        .where(desired.c.published.is_(False))
+        .where(desired.c.published.is_(False), true() if forward else desired.c.kind != "install")
         .order_by(desired.c.at)
         .limit(limit)
     )
@@ -307,6 +316,13 @@ def mark_published(conn: Connection, sent: Iterable[tuple[str, int]]) -> None:
             .values(published=True),
             rows,
         )
+
+
+def unpublish(conn: Connection, names: Sequence[str]) -> None:
+    """These devices have not got their order: it goes out again."""
+    for start in range(0, len(names), 500):
+        chunk = names[start : start + 500]
+        conn.execute(update(desired).where(desired.c.device.in_(chunk)).values(published=False))
 
 
 def unpublish_all(conn: Connection) -> int:
