@@ -17,6 +17,7 @@ from bench.world.databases import Databases
 from bench.world.world import World
 from controller import audit, loop
 from controller.rollout import desired, drawing, judging, telling
+from controller.rollout.ears import Ears
 from controller.rollout.gate import Verdict
 from controller.store import lease, rollouts
 from controller.store.tables import leases
@@ -236,6 +237,8 @@ def counts_silence_by_the_clock(patch: pytest.MonkeyPatch) -> None:
         return clock + (now - at), now
 
     patch.setattr(Store, "hearing", always)
+    # The second line of defence: that nobody at all is heard says as much.
+    patch.setattr(Ears, "_is_cut", lambda *_: False)
 
 
 def forges_orders(patch: pytest.MonkeyPatch) -> None:
