@@ -17,6 +17,7 @@ _NOUNS = (
     "manifests",
     "plan",
     "status",
+    "explain",
     "verbs",
     "approve",
     "replay",

@@ -1,4 +1,4 @@
-"""`status`, `explain`, `wait`: what moves, why, and how it ends."""
+"""`status`, `wait`: what moves, and how it ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ ROLLED_BACK, TIMED_OUT, DENIED = 4, 5, 6
 
 def register(app: typer.Typer) -> None:
     app.command("status")(status)
-    app.command("explain")(explain)
     app.command("wait")(wait)
 
 
@@ -80,34 +79,6 @@ def _tree(found: dict[str, Any]) -> RenderableType:
     from controller.cli import tree
 
     return tree.rollout(found) if "rollout" in found else tree.fleets(found)
-
-
-def explain(
-    what: Annotated[str, typer.Argument(help="Rollout (id or name) or decision id.")],
-    server: Server = SERVER,
-    token: Token = None,
-    output: Format = Output.TABLE,
-) -> None:
-    """Say why: every decision of a rollout, or one decision with its numbers."""
-    from controller.cli import show
-    from controller.cli.client import Api, NotFound
-
-    api = Api(server, token)
-    try:
-        found = api.get(f"/decisions/{what}")
-    except NotFound:
-        found = None
-    if found is not None:
-        _explain_decision(found, output)
-        return
-    about = api.get(f"/rollouts/{what}")
-    decisions = list(api.every(f"/rollouts/{about['id']}/decisions"))
-    if output is Output.JSON:
-        show.as_json({"rollout": about, "decisions": decisions})
-        return
-    print(f"{about['name']} → {about['release']}: {about['state']}\n{about['sentence']}\n")
-    for entry in reversed(decisions):
-        print(f"{entry['at']}  {entry['verdict']:<12} {entry['sentence']}  [{entry['id']}]")
 
 
 def wait(
@@ -224,16 +195,3 @@ def _show_one(found: dict[str, Any]) -> None:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "none yet"
-
-
-def _explain_decision(found: dict[str, Any], output: Output) -> None:
-    import json
-
-    from controller.cli import show
-
-    if output is Output.JSON:
-        show.as_json(found)
-        return
-    print(f"{found['at']}  {found['kind']}: {found['verdict']}\n{found['sentence']}")
-    print(f"commit {found['commit']} · watermark {found['watermark']} · term {found['term']}")
-    print(json.dumps(found["numbers"], indent=2, ensure_ascii=False))

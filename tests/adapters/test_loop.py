@@ -20,6 +20,7 @@ import pytest
 from sqlalchemy import Engine, insert, select
 
 from controller import commands
+from controller.hindsight import messages, past
 from controller.keys import DirectorKey
 from controller.loop import Loop, Ports
 from controller.manifests.admission import admit
@@ -28,6 +29,7 @@ from controller.orders import Issuer
 from controller.outcomes import board
 from controller.rollout import holdout as holdouts
 from controller.rollout import reconcile
+from controller.rollout.hindsight import retry, told
 from controller.rollout.muster import Muster
 from controller.rollout.world import Head, Notice
 from controller.store import rollouts as store
@@ -795,3 +797,15 @@ def test_without_a_holdout_a_finished_goal_is_not_measurable(story: Story) -> No
     one = found["items"][0]["outcomes"][0]
     assert one["verdict"] == "not measurable"
     assert one["sentence"].startswith("km: not measurable — ")
+
+
+def test_the_past_of_a_rollout_is_judged_again_from_database_and_messages(story: Story) -> None:
+    story.world.broken.add(DIGESTS["2"])
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(8)
+    with reading(story.engine) as conn:
+        found = past(conn, story.rollout())
+    assert found.release == "app-2"
+    assert {e.device for e in found.enrolled if e.arm == "control"} <= set(story.world.rows)
+    looks = retry(found, messages(story.world))
+    assert "so did the policy in force then, at the same time" in told(found, looks)
