@@ -7,7 +7,7 @@ that was kept elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -56,10 +56,22 @@ def digest(row: Mapping[str, Any]) -> str:
     return sha256(canonical({name: row[name] for name in names})).hexdigest()
 
 
-def verify(conn: Connection, head: tuple[int, str] | None = None) -> list[str]:
-    """What is wrong with the chain, in sentences; `head` (seq, hash) was kept outside."""
+def head(conn: Connection) -> tuple[int, str] | None:
+    """(seq, hash) of the newest row: what is kept outside."""
+    last = conn.execute(
+        select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
+    ).first()
+    return None if last is None else (last.seq, last.hash)
+
+
+def verify(
+    conn: Connection,
+    head: tuple[int, str] | None = None,
+    heads: Iterable[tuple[int, str]] = (),
+) -> list[str]:
+    """What is wrong with the chain, in sentences; `heads` (seq, hash) were kept outside."""
     problems, previous, seq = [], FIRST, 0
-    found_head = head is None
+    missing = {*heads, *([head] if head is not None else [])}
     for row in conn.execute(select(audit).order_by(audit.c.seq)):
         values = dict(row._mapping)
         if row.seq != seq + 1:
@@ -69,7 +81,11 @@ def verify(conn: Connection, head: tuple[int, str] | None = None) -> list[str]:
         if digest(values) != row.hash:
             problems.append(f"row {row.seq} was changed")
         previous, seq = row.hash, row.seq
-        found_head = found_head or (row.seq, row.hash) == head
-    if not found_head:
-        problems.append(f"the kept head (row {head[0] if head else 0}) is not in the chain")
+        missing.discard((row.seq, row.hash))
+    cut = [kept for kept in sorted(missing) if kept[0] > seq]
+    other = [kept for kept in sorted(missing) if kept[0] <= seq]
+    if cut:
+        problems.append(f"the tail was cut: rows {seq + 1} to {cut[-1][0]} were there once")
+    if other:
+        problems.append(f"the kept head (row {other[-1][0]}) is not in the chain")
     return problems

@@ -113,7 +113,15 @@ def _lead(
         watch = GitWatch(
             engine,
             repo,
-            Recorder(engine, repo, term=term, forge=forge, base=settings.branch),
+            Recorder(
+                engine,
+                repo,
+                term=term,
+                forge=forge,
+                base=settings.branch,
+                state_dir=settings.state_dir,
+                anchor_every=settings.audit_anchor,
+            ),
             url=settings.repo,
             branch=settings.branch,
             woken=lambda: wake.poke(settings.state_dir),

@@ -111,6 +111,7 @@ class GitWatch:
 
     def poll(self, now: float) -> None:
         """Fetch once, take in what is new, and record what waits for Git."""
+        self._recorder.keep_head()
         try:
             fetched = self._repo.fetch()
         except RepoUnavailable as error:

@@ -40,6 +40,10 @@ class DirectorKey:
         signature = self._private.sign(canonical(to_wire(desired)))
         return envelope(desired, (Signature(keyid=self.keyid, sig=signature.hex()),))
 
+    def sign_bytes(self, data: bytes) -> bytes:
+        """A bare signature, for evidence that leaves the house."""
+        return self._private.sign(data)
+
 
 def recorder_key(path: Path) -> Path:
     """The SSH key that signs the holds that we record, made at first use with its `.pub` beside it.

@@ -8,14 +8,17 @@ that was pushed just before a kill is not pushed twice.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import structlog
 from sqlalchemy import Engine, select, update
 
+from controller import anchors, audit
 from controller.fleetrepo import FleetRepo, RecordRefused, RepoUnavailable, moment
 from controller.forge import Forge, ForgeUnavailable
 from controller.store.lease import fence
+from controller.store.rollouts import get_meta, put_meta
 from controller.store.tables import holds
 from telemetry.store.database import reading, writing
 
@@ -31,8 +34,15 @@ class Recorder:
         term: int | None = None,
         forge: Forge | None = None,
         base: str = "main",
+        state_dir: Path | None = None,
+        anchor_every: float = 0.0,
     ) -> None:
-        """`term`: the controller's, by which its writes are fenced. `base`: the branch followed."""
+        """`term`: the controller's, by which its writes are fenced. `base`: the branch followed.
+
+        `state_dir`: where heads of the audit are kept; `anchor_every`: seconds, 0: never alone.
+        """
+        self._state_dir, self._anchor_every = state_dir, anchor_every
+        self._head: anchors.Head | None = None
         self._engine, self._repo, self._term = engine, repo, term
         self._forge, self._base = forge, base
         self._refused: frozenset[str] = frozenset()
@@ -50,7 +60,7 @@ class Recorder:
 
     def run_once(self, now: float) -> bool:
         """Record what waits; True when a commit was made or found."""
-        files = self.pending()
+        files = self.pending() or self._anchor(now)
         if not files or frozenset(files) <= self._refused:
             return False  # on a protected branch: people were asked to merge ours
         name = max(files).removeprefix("holds/").removesuffix(".yaml")
@@ -68,6 +78,34 @@ class Recorder:
         self._mark(list(files), commit)
         log.info("hold_recorded", commit=commit, files=len(files))
         return True
+
+    def keep_head(self) -> None:
+        """The head of the audit, in a file beside the database."""
+        if self._state_dir is None:
+            return
+        with reading(self._engine) as conn:
+            head = audit.head(conn)
+        if head is None:
+            return
+        try:
+            anchors.keep(self._state_dir, head, self._head)
+            self._head = head
+        except OSError as error:
+            log.warning("audit_head_not_kept", reason=str(error))
+
+    def _anchor(self, now: float) -> dict[str, str]:
+        """The file of an anchor that is due; empty when none is."""
+        if self._anchor_every <= 0:
+            return {}
+        with writing(self._engine) as conn:
+            head = audit.head(conn)
+            last = get_meta(conn, "audit_anchor")
+            if last is not None and now - last["at"] < self._anchor_every:
+                return {}
+            put_meta(conn, "audit_anchor", {"at": now, "seq": head[0] if head else 0})
+            if last is None or head is None or head[0] == last["seq"]:
+                return {}  # the first look only starts the clock
+        return {f"audit/{head[0]}.json": anchors.document(head, moment(now))}
 
     def _propose(self, branch: str, message: str) -> None:
         """The branch is protected: ask people to merge ours. The hold is in force meanwhile."""
@@ -110,7 +148,12 @@ class Recorder:
                     lines.append(f"Lift {row.release} on {row.rollout}: {_line(row.lift_reason)}")
                     trailers.append(f"Lift: {row.lift}")
                     trailers.append(f"Actor: {_line(row.lifted_by)}")
+            head = audit.head(conn)
+        if head is not None:
+            trailers.append(f"{anchors.TRAILER}: {anchors.words(head)}")
         subject = lines[0][:72] if len(lines) == 1 else f"Record {len(lines)} holds and lifts"
+        if not lines:
+            subject, lines = "Anchor the audit", ["Its head, kept where its database is not."]
         return "\n\n".join([subject, "\n".join(lines), "\n".join(trailers)])
 
 

@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     lease: float = Field(
         10.0, ge=1, description="seconds of silence after which another controller takes over"
     )
+    audit_anchor: float = Field(
+        86400.0, ge=0, description="seconds between commits that anchor the audit; 0: none alone"
+    )
     rate_limit: float = Field(
         50.0,
         ge=0,

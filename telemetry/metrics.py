@@ -71,6 +71,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("bellwether_manifest_problems", _G, "Problems in the fleet repository", ("severity",)),
     Metric("bellwether_holds_unrecorded", _G, "Holds and lifts not yet in Git"),
     Metric("bellwether_audit_records", _G, "Length of the audit chain"),
+    Metric("bellwether_audit_head", _G, "First 48 bits of the hash of its newest row"),
     # HTTP
     Metric("bellwether_http_requests_total", _C, "Answers", ("route", "method", "status")),
     Metric("bellwether_http_request_seconds", _H, "Time to answer", ("route",)),

@@ -27,6 +27,10 @@ class Api:
     def get(self, path: str, **params: Any) -> Any:
         return self._ask("GET", path, params={k: v for k, v in params.items() if v})[0]
 
+    def get_bytes(self, path: str) -> bytes:
+        """The body as it came."""
+        return bytes(self._request("GET", path).content)
+
     def get_with_revision(self, path: str) -> tuple[Any, str]:
         body, headers = self._ask("GET", path)
         return body, headers.get("etag", "*")
@@ -55,6 +59,10 @@ class Api:
                 return
 
     def _ask(self, method: str, path: str, **how: Any) -> tuple[Any, Any]:
+        answer = self._request(method, path, **how)
+        return (answer.json() if answer.content else None), answer.headers
+
+    def _request(self, method: str, path: str, **how: Any) -> Any:
         import httpx2
 
         try:
@@ -65,7 +73,7 @@ class Api:
                 "Name it with --server URL or BELLWETHER_SERVER"
             ) from None
         if answer.is_success:
-            return (answer.json() if answer.content else None), answer.headers
+            return answer
         raise _failed(answer)
 
 

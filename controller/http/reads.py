@@ -10,10 +10,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy import Connection, Row
 
+from controller import dossier
 from controller import preview as previews
 from controller.http import answers, paging, suspecting
 from controller.http.access import Principal, Right, must_everywhere, needs
-from controller.http.contract import says
+from controller.http.contract import raw, says
 from controller.http.devicebook import DeviceBook
 from controller.http.ports import Book, Given
 from controller.http.problems import Problem
@@ -252,6 +253,16 @@ def evidence(
         items = [views.decision(entry, whole=True) for entry in found]
         about = _described(conn, [row])[0]
     return {**page(items, limit, items[-1]["id"] if items else ""), "v": 1, "rollout": about}
+
+
+@router.get("/rollouts/{rollout}/evidence:file", **raw("application/json"))
+def evidence_file(rollout: str, deps: Given, who: Auditor) -> Response:
+    """All evidence of one rollout, signed by the director: `evidence verify` checks the file."""
+    must_everywhere(who, Right.AUDIT, "the audit tells of all of them")
+    with reading(deps.engine) as conn:
+        row = find(conn, rollout, who)
+        data = dossier.make(conn, row.id, deps.key, deps.clock())
+    return Response(data, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 @router.get("/rollouts/{rollout}/recovery", **says(answers.Recovery))
