@@ -1,7 +1,8 @@
 """The evidence of one rollout in one signed file, and its check without any service.
 
 The file is JSON: rollout, releases, holds, approvals, every decision with its inputs, the stretch
-of the audit chain in which it all happened, and the director's signature over all the rest. `check` reads it as hostile input. Rules, in order:
+of the audit chain in which it all happened, and the director's signature over all the rest.
+`check` reads it as hostile input. Rules, in order:
 
 1. Its bytes are exactly the canonical writing of what they say: a flipped byte that JSON would
    forgive (a space, an escape, a second key of one name) is found as well.
@@ -105,10 +106,12 @@ def _signature(plain: Mapping[str, Any], public: str | None) -> list[str]:
         return ["it is signed by another key than the one that was named"]
     rest = {name: value for name, value in plain.items() if name != "signature"}
     try:
-        raw = bytes.fromhex(named)
+        raw, signed = bytes.fromhex(named), bytes.fromhex(signature)
+        if signed.hex() != signature:  # hex has two ways to write a letter, we have one
+            raise InvalidSignature
         if sha256(raw).hexdigest() != key.get("keyid"):  # type: ignore[union-attr]
             return ["its key and key id do not belong together"]
-        Ed25519PublicKey.from_public_bytes(raw).verify(bytes.fromhex(signature), _canonical(rest))
+        Ed25519PublicKey.from_public_bytes(raw).verify(signed, _canonical(rest))
     except (ValueError, InvalidSignature):
         return ["the signature does not match: something in it was changed"]
     return []

@@ -207,6 +207,7 @@ def test_the_file_is_whole_offline_and_tells_the_story(evidence: bytes, tmp_path
 def test_each_flipped_byte_is_found(evidence: bytes) -> None:
     chance = random.Random(1)
     places = {0, 1, len(evidence) - 1, len(evidence) - 2, *range(0, len(evidence), 97)}
+    places |= set(range(len(evidence) - 180, len(evidence)))  # the signature itself
     for place in sorted(places):
         for flip in (1, 0x20, chance.randint(1, 255)):
             spoilt = bytearray(evidence)
