@@ -256,9 +256,35 @@ class _History:
             for place, device in enumerate(reached)
         ]
         bulk.insert(conn, tables.members, rows)
+        if newest:
+            self._draw(conn, rollout, rows, at)
         counted = Counter((row[2], row[3], row[9]) for row in rows)
         bulk.insert(
             conn, tables.member_counts, [(rollout, *key, n) for key, n in sorted(counted.items())]
+        )
+
+    def _draw(
+        self, conn: Connection, rollout: str, rows: Sequence[tuple[Any, ...]], at: float
+    ) -> None:
+        """The first draw as the loop records it: with every device."""
+        first = [row for row in rows if row[2] == 0]
+        drawn = {arm: [row[1] for row in first if row[3] == arm] for arm in ("exposed", "control")}
+        conn.execute(
+            insert(tables.decisions).values(
+                id=ulid.new(at + 1, _hex(f"{rollout}/draw")[:10].encode()),
+                rollout=rollout,
+                at=at + 1,
+                kind="draw",
+                verdict="drawn",
+                sentence=f"DRAWN — {len(drawn['exposed'])} devices of canary, "
+                f"{len(drawn['control'])} as control",
+                inputs=drawn,
+                numbers={},
+                watermark=1,
+                commit="",
+                policy={"name": "driving"},
+                term=1,
+            )
         )
 
     def _member(
@@ -426,7 +452,8 @@ def _fleet(line: Line) -> dict[str, Any]:
 def _policy() -> dict[str, Any]:
     from bench.estate_evidence import POLICY
 
-    return {"name": POLICY.name, "judged": POLICY}
+    goals = [{"metric": "disengagement", "type": "rate", "per": "1000h", "direction": "decrease"}]
+    return {"name": POLICY.name, "judged": POLICY, "goals": goals}
 
 
 # -- devices --------------------------------------------------------------------------------------

@@ -73,12 +73,23 @@ def create_app(deps: Deps) -> FastAPI:
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     task = asyncio.create_task(_keep_accounts(app.state.deps))
+    warming = asyncio.create_task(_warm(app))
     yield
     await app.state.live.close()
+    app.state.measured.close()
     app.state.events.stop()
+    warming.cancel()
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def _warm(app: FastAPI) -> None:
+    """What a first page would wait for is read while nobody waits."""
+    try:
+        await run_in_threadpool(app.state.book.warm, app.state.deps.engine)
+    except Exception:  # a page will find out, and say it
+        log.exception("warm")
 
 
 async def _keep_accounts(deps: Deps) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row
+import structlog
+from sqlalchemy import Connection, Engine, Row
 
 from controller.rollout.cohort import Candidate, assign
 from controller.rollout.model import Device
@@ -23,7 +25,9 @@ from device_agent.protocol import to_wire
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import Explanation, Scores, bands, score
 from telemetry.score_days import ScoreDays
+from telemetry.store.database import reading
 
+log = structlog.get_logger()
 _SCORES_LAST = 10.0
 
 
@@ -34,6 +38,7 @@ class _Scored:
     cohorts: Mapping[str, str]
     scores: Scores | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)  # cohort → devices
+    took: float = 0.0  # seconds
 
 
 class DeviceBook:
@@ -45,6 +50,7 @@ class DeviceBook:
         self._change = 0
         self._scored: dict[str, _Scored] = {}
         self._days = ScoreDays(reader)
+        self._scoring = threading.Lock()
         self._followers: list[Callable[[DeviceRow], None]] = []
 
     def follow(self, tell: Callable[[DeviceRow], None]) -> None:
@@ -101,13 +107,44 @@ class DeviceBook:
             found.update(self._score(conn, fleet).values)
         return found
 
+    def warm(self, engine: Engine) -> None:
+        """Read and score everything once, so that the first page need not."""
+        self.seen()
+        with reading(engine) as conn:
+            for fleet in views.names_of_fleets(conn):
+                self._score(conn, fleet)
+
     def _score(self, conn: Connection, fleet: str) -> _Scored:
+        """The scores of a fleet: a page waits for the first ones only, then they are made anew
+        beside the pages, in at most a twentieth of the time."""
         now = self._clock()
         with self._lock:
             known = self._scored.get(fleet)
-        if known is not None and now - known.at < _SCORES_LAST:
-            return known
-        fresh = self._compute(conn, fleet, now)
+        if known is None:
+            with self._scoring:
+                known = self._scored.get(fleet)
+                return known if known is not None else self._anew(conn, fleet)
+        if now - known.at >= max(_SCORES_LAST, 20 * known.took) and self._scoring.acquire(False):
+            name = f"score {fleet}"[:15]
+            beside = threading.Thread(
+                target=self._beside, args=(conn.engine, fleet), name=name, daemon=True
+            )
+            beside.start()
+        return known
+
+    def _beside(self, engine: Engine, fleet: str) -> None:
+        try:
+            with reading(engine) as conn:
+                self._anew(conn, fleet)
+        except Exception:  # the outermost turn of this thread: the scores before stay
+            log.exception("score", fleet=fleet)
+        finally:
+            self._scoring.release()
+
+    def _anew(self, conn: Connection, fleet: str) -> _Scored:
+        began = time.perf_counter()
+        fresh = self._compute(conn, fleet, self._clock())
+        fresh = replace(fresh, took=time.perf_counter() - began)
         with self._lock:
             self._scored[fleet] = fresh
         return fresh

@@ -27,7 +27,10 @@ from controller.store.views import when
 
 Plain = dict[str, Any]
 Rows = Sequence[Any]  # rows of the columns that the query names
-_LIGHT = [column for column in rollouts.c if column.name not in ("pinned", "seed", "artifacts")]
+_LIGHT = [
+    rollouts.c.id, rollouts.c.fleet, rollouts.c.release, rollouts.c.state, rollouts.c.opened_at,
+    rollouts.c.finished_at,
+]  # fmt: skip
 
 
 # -- rollouts -------------------------------------------------------------------------------------
@@ -82,6 +85,7 @@ def opened_since(conn: Connection, since: str, fleets: frozenset[str]) -> Rows:
         *_LIGHT,
         rollouts.c.pinned["fleet"]["labels"].label("fleet_labels"),
         rollouts.c.pinned["release"]["fixes"].label("fixes"),
+        rollouts.c.flags["ended_at"].label("ended_at"),
     ).where(rollouts.c.id >= since)
     if fleets:
         query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
@@ -140,6 +144,13 @@ def list_decisions(conn: Connection, *, before: str, limit: int, fleets: frozens
     if fleets:
         query = query.where(rollouts.c.fleet.in_(sorted(fleets)))
     return conn.execute(query).all()
+
+
+def decisions_of(conn: Connection, rollout: str, limit: int) -> Rows:
+    """Decisions of one rollout, newest first, without their inputs: a draw names every device."""
+    short = [column for column in decisions.c if column.name not in ("inputs", "policy")]
+    query = select(*short).where(decisions.c.rollout == rollout)
+    return conn.execute(query.order_by(decisions.c.id.desc()).limit(limit)).all()
 
 
 def told_members(conn: Connection, rollout: str, limit: int) -> list[str]:

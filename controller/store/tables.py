@@ -69,6 +69,7 @@ devices = Table(  # the registry: who a device is; what it runs is telemetry's
     Column("replaces", String(63)),
     Column("change", Big, nullable=False, index=True),  # meta counter `registry`: what is new
     Index("ix_devices_fleet_id", "fleet", "id"),
+    Index("ix_devices_fleet_status", "fleet", "status"),
 )
 
 enrolment_tokens = Table(

@@ -284,7 +284,12 @@ def fleets(conn: Connection, only: frozenset[str]) -> list[Plain]:
     query = select(devices.c.fleet, devices.c.status, func.count())
     for name, status, count in conn.execute(query.group_by(devices.c.fleet, devices.c.status)):
         _fleet(found, name)["devices"][status] = count
-    for row in conn.execute(select(rollouts).order_by(rollouts.c.id)):
+    newest = select(func.max(rollouts.c.id)).group_by(rollouts.c.fleet, rollouts.c.name)
+    shown = (
+        rollouts.c.id, rollouts.c.fleet, rollouts.c.name, rollouts.c.release, rollouts.c.state,
+        rollouts.c.sentence,
+    )  # fmt: skip
+    for row in conn.execute(select(*shown).where(rollouts.c.id.in_(newest.scalar_subquery()))):
         entry = _fleet(found, row.fleet)
         entry["rollouts"][row.name] = {
             "id": row.id,
@@ -296,6 +301,10 @@ def fleets(conn: Connection, only: frozenset[str]) -> list[Plain]:
         entry = _fleet(found, row.fleet)["proven"].setdefault(row.component, {})
         entry[row.hardware] = {"release": row.release, "digest": row.digest}
     return [entry for name, entry in sorted(found.items()) if not only or name in only]
+
+
+def names_of_fleets(conn: Connection) -> list[str]:
+    return list(conn.execute(select(devices.c.fleet).distinct()).scalars())
 
 
 def _fleet(found: dict[str, Plain], name: str) -> Plain:
@@ -343,11 +352,22 @@ def memberships(conn: Connection, ids: Sequence[str]) -> dict[str, Row[Any]]:
     """device → its newest membership in the exposed arm (else as control)."""
     found: dict[str, Row[Any]] = {}
     for start in range(0, len(ids), 500):
-        query = (
-            select(members, rollouts.c.name.label("rollout_name"))
-            .join(rollouts, rollouts.c.id == members.c.rollout)
+        control = members.c.arm == "control"
+        newest = func.row_number().over(
+            partition_by=members.c.device, order_by=(control, members.c.drawn_at.desc())
+        )
+        ranked = (
+            select(
+                members.c.device, members.c.rollout, members.c.step, members.c.arm,
+                members.c.state, members.c.reason, members.c.score, newest.label("place"),
+            )
             .where(members.c.device.in_(ids[start : start + 500]))
-            .order_by((members.c.arm == "control").desc(), members.c.drawn_at)
+            .subquery()
+        )  # fmt: skip
+        query = (
+            select(ranked, rollouts.c.name.label("rollout_name"))
+            .join(rollouts, rollouts.c.id == ranked.c.rollout)
+            .where(ranked.c.place == 1)
         )
         found |= {row.device: row for row in conn.execute(query)}
     return found

@@ -10,6 +10,7 @@ from sqlalchemy import func, select
 from controller.http.dashboard import acts, lists, records, refusals, routes
 from controller.http.dashboard.census import Census
 from controller.http.dashboard.live import Live
+from controller.http.dashboard.measured import Measured
 from controller.http.ports import Deps
 from controller.store.tables import audit, devices, rollouts
 from telemetry.store.database import reading
@@ -19,6 +20,7 @@ routers = (lists.router, routes.router, records.router, acts.router)
 
 def install(app: FastAPI, deps: Deps) -> None:
     app.state.census = Census(app.state.book)
+    app.state.measured = Measured(deps.clock)
     app.state.live = Live(lambda: _mark(deps))
     refusals.install(app)
 

@@ -7,18 +7,23 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from sqlalchemy import Connection
 
-from controller import ulid
-from controller.http.dashboard import dora, evidence, rendering
+from controller import outcomes, ulid
+from controller.http.dashboard import evidence, rendering
+from controller.http.dashboard.board import initiatives, scorecards
+from controller.http.dashboard.measured import Measured
 from controller.http.dashboard.routes import Page, Scene
 from controller.http.dashboard.sights import rows_of, told_of
 from controller.http.dashboard.signs import of_verdict
+from controller.http.ports import Deps
 from controller.http.problems import Problem
 from controller.rollout.replay import Unreadable, replay
 from controller.store import lookups, views
+from telemetry.outcomes import Shipped, delivery
 from telemetry.store.database import reading
 
 router = APIRouter(include_in_schema=False)
 Plain = dict[str, Any]
+DAY = 86_400.0
 PERIODS = (30, 90, 365)  # days
 _ROLLOUTS_SHOWN = 20
 
@@ -100,35 +105,46 @@ def _again(one: Plain) -> Plain | None:
 
 @router.get("/board")
 def board(page: Page, days: Annotated[int, Query(ge=1, le=3650)] = 90) -> Response:
-    now = page.deps.clock()
-    since = ulid.new(max(0.0, now - days * dora.DAY), bytes(10))
+    now, seen = page.deps.clock(), page.who.fleets
+    since = ulid.new(max(0.0, now - days * DAY), bytes(10))
     with reading(page.deps.engine) as conn:
-        rows = lookups.opened_since(conn, since, page.who.fleets)
+        rows = lookups.opened_since(conn, since, seen)
         stops = views.active_stops(conn)
+    shipped = [(_shipped(row), _plain(row)) for row in rows]
+    cards = scorecards(delivery([what for what, _ in shipped], days), shipped)
+    measured: Measured = page.request.app.state.measured
+    result = measured.get(("outcomes", days, seen), lambda: _outcomes(page.deps, seen, days))
     shown = {
         "stops": stops,
-        "cards": dora.scorecards([_ended(row) for row in rows], days),
+        "cards": cards,
         "days": days,
         "periods": PERIODS,
         "rollouts": len(rows),
-        "outcomes": None,
+        "initiatives": None if result is None else initiatives(result.value["items"]),
+        "measured_at": None if result is None else views.when(result.at),
         "title": "Board",
     }
     return rendering.page(page.request, "board.html", page.who, shown)
 
 
-def _ended(row: Any) -> dora.Ended:
+def _outcomes(deps: Deps, seen: frozenset[str], days: int) -> Plain:
+    with reading(deps.engine) as conn:
+        return outcomes.board(conn, deps.reader, now=deps.clock(), days=days, fleets=seen)
+
+
+def _shipped(row: Any) -> Shipped:
     labels = row.fleet_labels or {}
-    flags = row.flags or {}
-    return dora.Ended(
-        id=row.id,
-        product=str(labels.get("product", "no product label")),
-        team=str(labels.get("team", "no team label")),
-        fleet=row.fleet,
-        release=row.release,
+    return Shipped(
+        rollout=row.id,
+        product=str(labels.get("product", "")),
+        team=str(labels.get("team", "")),
         state=row.state,
-        opened_at=row.opened_at,
+        committed_at=row.opened_at,
         finished_at=row.finished_at,
-        rejected_at=flags.get("ended_at"),
+        rejected_at=row.ended_at,
         fixes=bool(row.fixes),
     )
+
+
+def _plain(row: Any) -> Plain:
+    return {"id": row.id, "release": row.release, "fleet": row.fleet, "state": row.state}

@@ -149,7 +149,7 @@ def _rollout(eyes: Eyes, name: str) -> Plain:
     fixes = row.pinned.get("fixes")
     decisions = [
         views.decision(entry, whole=False)
-        for entry in views.list_decisions(conn, row.id, before="", limit=DECISIONS_SHOWN)
+        for entry in lookups.decisions_of(conn, row.id, DECISIONS_SHOWN)
     ]
     judged = lookups.judged(conn, row.id, POINTS_SHOWN)
     rails = evidence.guardrails(judged[-1][1]) if judged else ()

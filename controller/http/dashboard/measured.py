@@ -1,0 +1,57 @@
+"""What takes seconds to measure, measured beside the pages: they show the last result and its time.
+
+Rules: one measurement at a time; a result is measured again when somebody asks for it and it is
+older than a minute; the first one is waited for only shortly, then the page says that it is coming.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+FRESH = 60.0  # seconds
+PATIENCE = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    value: Any
+    at: float
+
+
+class Measured:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._results: dict[Hashable, Result] = {}
+        self._running: dict[Hashable, Future[Any]] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="measured")
+
+    def get(self, key: Hashable, measure: Callable[[], Any]) -> Result | None:
+        """The last result; None while the first is still being measured."""
+        with self._lock:
+            known = self._results.get(key)
+            if known is not None and self._clock() - known.at < FRESH:
+                return known
+            future = self._running.get(key)
+            if future is None or future.done():
+                future = self._running[key] = self._worker.submit(self._run, key, measure)
+        if known is None:
+            wait([future], PATIENCE)
+            if future.done():
+                future.result()  # raises what the measurement raised
+        with self._lock:
+            return self._results.get(key)
+
+    def _run(self, key: Hashable, measure: Callable[[], Any]) -> None:
+        result = Result(measure(), self._clock())
+        with self._lock:
+            self._results[key] = result
+            while len(self._results) > 64:
+                del self._results[next(iter(self._results))]
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
