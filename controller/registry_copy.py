@@ -149,9 +149,8 @@ def _copied(file: IO[str]) -> _Copied | None:
     if head is None or "database" not in head:
         return None
     size = file.seek(0, os.SEEK_END)
-    with open(file.name, "rb") as tail:
-        tail.seek(max(0, size - _TAIL))
-        lines = tail.read().decode(errors="replace").split("\n")
+    tail = os.pread(file.fileno(), _TAIL, max(0, size - _TAIL))
+    lines = tail.decode(errors="replace").split("\n")
     if lines[-1]:  # a write was cut off: the next one begins on a new line
         file.write("\n")
     changes = [row["change"] for line in lines if (row := _parsed(line)) and "change" in row]
