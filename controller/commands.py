@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
-from controller import audit, ulid
+from controller import audit, ballast, ulid
 from controller.rollout import scope as scopes
 from controller.rollout.model import ACTIVE, RolloutState
 from controller.store import approvals
@@ -87,17 +87,22 @@ def record(
         raise Refused(
             422, f"{kind}: say why (reason): it stands in the audit and in Git", "/reason"
         )
-    with writing(engine) as conn:
-        row = None if kind == "stop" else found(conn, rollout)
-        if row is not None:
-            _check(row, kind, if_revision)
-        needs = _others(conn, kind, row, body)
-        if needs and not break_glass:
-            return _ask(conn, kind, row, body, actor, reason, needs, now)
-        if needs:
-            detail = {"kind": kind, "reason": reason, "incident": incident}
-            _note(conn, now, actor, "break-glass", row, body, detail)
-        return _carry_out(conn, kind, row, body, actor, reason, incident, now)
+
+    def write() -> Recorded:
+        with writing(engine) as conn:
+            row = None if kind == "stop" else found(conn, rollout)
+            if row is not None:
+                _check(row, kind, if_revision)
+            needs = _others(conn, kind, row, body)
+            if needs and not break_glass:
+                return _ask(conn, kind, row, body, actor, reason, needs, now)
+            if needs:
+                detail = {"kind": kind, "reason": reason, "incident": incident}
+                _note(conn, now, actor, "break-glass", row, body, detail)
+            return _carry_out(conn, kind, row, body, actor, reason, incident, now)
+
+    stops = kind in ("rollback", "hold", "stop", "pause")
+    return ballast.urgently(engine, write) if stops else write()
 
 
 def carry_out(

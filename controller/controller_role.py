@@ -18,9 +18,9 @@ from collections.abc import Iterator
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from controller import wake
+from controller import ballast, wake
 from controller.broker_child import load_secret
 from controller.broker_roles import service_password
 from controller.fleetrepo import FleetRepo
@@ -98,6 +98,7 @@ def _lead(
     term: int,
     stopping: threading.Event,
 ) -> None:
+    ballast.lay(engine)
     with contextlib.ExitStack() as stack:
         bell = wake.Bell(settings.state_dir)
         stack.callback(bell.close)
@@ -175,12 +176,20 @@ class _Turns:
                     store.unpublish_all(conn)
                 self._sessions = sessions
             with _timed():
-                self._loop.tick(time.time())
+                self._tick()
         except Fenced:
             raise
         except Exception:
             log.exception("tick")
             stopping.wait(1.0)
+
+    def _tick(self) -> None:
+        try:
+            self._loop.tick(time.time())
+        except OperationalError:
+            if not self._loop.stopping:
+                raise
+            ballast.urgently(self._engine, lambda: self._loop.tick(time.time()))
 
 
 @contextlib.contextmanager

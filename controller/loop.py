@@ -37,6 +37,7 @@ from controller.rollout.model import (
     Order,
     Proven,
     Rollout,
+    RolloutState,
 )
 from controller.rollout.rollcall import Rollcall
 from controller.rollout.waves import Pinned
@@ -102,6 +103,7 @@ class Loop:
         self._outbox = Outbox(ports.engine, ports.broker, term=issuer.term)
         self._loaded = False
         self._made = 0
+        self.stopping = False  # does this turn carry out a stop? Then it may use the last room
 
     def tick(self, now: float) -> int:
         """One turn; answers how many actions it took."""
@@ -375,6 +377,7 @@ class Loop:
         if silent and not (new_head or dirty or self._unheeded or self._notices != self._noted):
             return 0
         taken = 0
+        self.stopping = bool(self._commands) or any(map(_is_stop, actions))
         with writing(self._ports.engine) as conn:
             store.fence(conn, self._issuer.term)
             if self._recovered and self._recovered_at is None:
@@ -708,6 +711,12 @@ class Loop:
                 if best is None or proven.at > best.at or hardware:
                     found[component] = proven
         return found
+
+
+def _is_stop(action: Action) -> bool:
+    if isinstance(action, Change):
+        return action.rollout.state in (RolloutState.ROLLING_BACK, RolloutState.HELD)
+    return isinstance(action, Reject)
 
 
 def _stale(last: Order | None, row: DeviceRow | None, now: float) -> bool:
