@@ -27,7 +27,7 @@ def test_from_the_alert_to_the_rollback_in_three_clicks(chromium: Browser, site:
 
     seen.page.get_by_role("link", name="Roll back").click()
     clicks += 1
-    expect(seen.page.get_by_text("were told this release")).to_be_visible()
+    expect(seen.page.get_by_text("change now")).to_be_visible()
     seen.page.get_by_role("textbox", name="Reason").fill("brakes late, seen on three vans")
     seen.page.get_by_label("Incident").fill("INC-4711")
     seen.page.screenshot(path=SHOTS / "story-preview-dark-360.png", full_page=True)

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import RedirectResponse
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from controller import commands, wake
 from controller.http import bodies
@@ -24,30 +25,41 @@ from controller.http.dashboard import blast, rendering
 from controller.http.dashboard.rollout import VERBS
 from controller.http.dashboard.routes import Page, Scene
 from controller.http.dashboard.sights import Eyes, found_rollout
+from controller.http.lanes import Lanes
 from controller.http.problems import Problem
 from controller.http.session import Submitted, submitted
+from controller.preview import preview
 from controller.roles import Right
+from controller.rollout import scope
 from controller.rollout.model import ACTIVE
 from controller.store import lookups, views
 from telemetry.store.database import reading
 
 router = APIRouter(include_in_schema=False)
+Text = Annotated[str, Query(max_length=128)]
 Form = Annotated[Submitted, Depends(submitted)]
+_FEW = 2_000  # members: up to here every dialog looks at each device
 _COUNTED = 20_000  # devices whose contact a dialog looks up
 
 
 @router.get("/rollouts/{rollout}/{verb}")
-def dialog(page: Page, rollout: str, verb: str) -> Response:
-    return _dialog(page, rollout, verb, {})
+def dialog(page: Page, rollout: str, verb: str, scope: Text = "", exact: bool = False) -> Response:
+    return _dialog(page, rollout, verb, {"scope": scope, "exact": "1" if exact else ""})
 
 
 @router.post("/rollouts/{rollout}/{verb}")
-def act(page: Page, rollout: str, verb: str, form: Form) -> Response:
+async def act(page: Page, rollout: str, verb: str, form: Form) -> Response:
     page.who = form.who
+    lanes: Lanes = page.request.app.state.lanes  # stops have threads of their own
+    run = lanes.stopping if verb in ("rollback", "hold", "pause") else run_in_threadpool
+    return await run(_act, page, rollout, verb, form.fields)
+
+
+def _act(page: Scene, rollout: str, verb: str, fields: Mapping[str, str]) -> Response:
     try:
-        _record(page, rollout, verb, form.fields)
+        _record(page, rollout, verb, fields)
     except commands.Refused as refused:
-        return _dialog(page, rollout, verb, form.fields, refused.code, refused.message)
+        return _dialog(page, rollout, verb, fields, refused.code, refused.message)
     return RedirectResponse(f"/rollouts/{rendering.segment(rollout)}", 303)
 
 
@@ -79,8 +91,16 @@ def _dialog(
         must(page.who, VERBS[verb][1], row.fleet)
         told = lookups.told_members(conn, row.id, _COUNTED) if verb == "rollback" else []
         stops = views.active_stops(conn)
+    part: dict[str, Any] | None = None
     try:
+        part = _scope(typed.get("scope", ""), verb)
         plan = commands.preview(page.deps.engine, kind=verb, rollout=row.id)
+        few = sum(plan["members"].values()) <= _FEW
+        if verb == "rollback" and (part or few or typed.get("exact")):
+            plan = preview(
+                page.deps.engine, page.book.seen, kind=verb, rollout=row.id,
+                body={"scope": part} if part else {}, now=page.deps.clock(),
+            )  # fmt: skip
     except commands.Refused as refused:
         plan, code, why = None, refused.code, refused.message
     seen = page.book.seen()
@@ -89,15 +109,44 @@ def _dialog(
         "stops": stops,
         "one": {"id": row.id, "name": row.name, "release": row.release, "fleet": row.fleet},
         "sentence": row.sentence,
-        "dialog": None if plan is None else blast.dialog(verb, plan, row.fleet, away),
+        "dialog": None
+        if plan is None
+        else blast.dialog(verb, plan, row.fleet, away, whole=part is None),
         "revision": row.revision if plan is None else plan["revision"],
         "at": views.when(page.deps.clock()),
         "why": why,
         "stale": code == 412,
         "typed": {name: typed.get(name, "") for name in ("reason", "incident", "name")},
+        "scope_given": typed.get("scope", ""),
+        "scopes": _scopes(row.pinned) if verb in ("rollback", "hold") else (),
         "title": f"{VERBS[verb][0]}: {row.name}",
     }
     return rendering.page(page.request, "dialog.html", page.who, shown, status=code)
+
+
+def _scopes(pinned: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the dialog offers besides everything: the steps and the cohorts."""
+    steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
+    waves = len(steps) + (1 if pinned.get("fixes") else 0)
+    cohorts = [str(c.get("name")) for c in pinned.get("fleet", {}).get("cohorts", ())]
+    return [
+        *((f"step:{n}", f"step {n + 1} alone") for n in range(waves)),
+        *((f"cohort:{name}", f"cohort {name} alone") for name in cohorts),
+    ]
+
+
+def _scope(text: str, verb: str) -> dict[str, Any] | None:
+    """`step:1`, `cohort:canary` → the scope as the API takes it; None: everything."""
+    if not text:
+        return None
+    kind, _, value = text.partition(":")
+    if verb not in ("rollback", "hold") or kind not in ("step", "cohort"):
+        raise commands.Refused(422, f"scope: {text[:80]!r} is none of this dialog's")
+    given: dict[str, Any] = {kind: int(value) if kind == "step" and value.isdigit() else value}
+    try:
+        return scope.checked(given)
+    except ValueError as error:
+        raise commands.Refused(422, str(error)) from None
 
 
 def _known(verb: str) -> None:
@@ -115,12 +164,14 @@ def _record(page: Scene, rollout: str, verb: str, fields: Mapping[str, str]) -> 
         "incident": _text(fields, "incident") or None,
         "if_revision": _whole(fields.get("revision", "")),
     })  # fmt: skip
-    _name_typed(page, row.id, row.fleet, verb, fields)
+    part = _scope(fields.get("scope", ""), verb)
+    if part is None:
+        _name_typed(page, row.id, row.fleet, verb, fields)
     commands.record(
         page.deps.engine,
         kind=verb,
         rollout=row.id,
-        body={},
+        body={"scope": part} if part else {},
         actor=page.who.name,
         reason=body.reason,
         incident=body.incident,

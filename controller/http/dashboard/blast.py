@@ -32,25 +32,53 @@ class Dialog:
     lines: tuple[Line, ...]
     besides: tuple[str, ...]
     danger: bool
+    exact: bool  # False: from the counters; who cannot go back is not among them
 
 
-def dialog(verb: str, plan: Plain, fleet: str, away: int) -> Dialog:
-    """`plan` is the verb's dry run; `away`: members told that are offline now."""
+def dialog(verb: str, plan: Plain, fleet: str, away: int, *, whole: bool = True) -> Dialog:
+    """`plan` is the verb's dry run, exact (with its groups of devices) or from the counters alone;
+    `away`: members told that are offline now, for the counters; `whole`: it reaches everybody."""
     label, right, means = VERBS[verb]
-    states: Mapping[str, int] = plan["members"]
     devices = int(plan["devices"])
     changes = verb in ("rollback", "hold")
+    exact = verb == "rollback" and "cannot" in plan
     return Dialog(
         verb=verb,
         label=label,
         means=means,
         button=_button(verb, label, devices),
         needs_reason=changes or verb == "lift",
-        type_name=fleet if verb == "rollback" and devices > TYPE_THE_NAME else "",
-        lines=_lines(verb, states, devices, away),
+        type_name=fleet if whole and verb == "rollback" and devices > TYPE_THE_NAME else "",
+        lines=_groups(plan) if exact else _lines(verb, plan["members"], devices, away),
         besides=_besides(verb, plan),
         danger=right is Right.STOP and verb != "pause",
+        exact=exact or verb != "rollback",
     )
+
+
+def _groups(plan: Plain) -> tuple[Line, ...]:
+    """Device by device: who changes, who is away, who waits for its safety, who cannot and why."""
+    also = sum(plan["also"].values())
+    found = (
+        Line(n=plan["changes"]["count"], what="change now", detail="each to what it ran before"),
+        Line(n=plan["offline"]["count"], what="are offline", detail="each at its next contact"),
+        Line(
+            n=plan["waiting"]["count"], what="wait for their own safety",
+            detail=_why(plan["waiting"]),
+        ),
+        Line(
+            n=plan["cannot"]["count"], what="cannot go back: fix forward",
+            detail=_why(plan["cannot"]),
+        ),
+        Line(n=plan["untold"], what="more would have been told", detail="they never are"),
+        Line(n=also, what="other components go back with them", detail=", ".join(plan["also"])),
+    )  # fmt: skip
+    return tuple(line for line in found if line.n or line is found[0])
+
+
+def _why(group: Plain) -> str:
+    reasons: Mapping[str, int] = group["reasons"]
+    return "; ".join(f"{n:,} {why}" for why, n in list(reasons.items())[:4])
 
 
 def _button(verb: str, label: str, devices: int) -> str:
