@@ -20,7 +20,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from controller import ballast, wake
+from controller import ballast, notify, wake
 from controller.broker_child import load_secret
 from controller.broker_roles import service_password
 from controller.fleetrepo import FleetRepo
@@ -135,6 +135,11 @@ def _lead(
         watcher.start()
         stack.callback(watcher.join, 15)
         stack.callback(watch.stop)
+        told = notify.load(settings.notify) if settings.notify is not None else ()
+        ending = threading.Event()
+        for teller in notify.start(engine, told, settings.public_url, ending):
+            stack.callback(teller.join, 12)
+        stack.callback(ending.set)
         password = service_password(load_secret(settings.state_dir), "controller")
         # A session of this term's own: a leader that was overtaken must not cut its follower's.
         publisher = Publisher(

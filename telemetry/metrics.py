@@ -72,6 +72,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("bellwether_holds_unrecorded", _G, "Holds and lifts not yet in Git"),
     Metric("bellwether_audit_records", _G, "Length of the audit chain"),
     Metric("bellwether_audit_head", _G, "First 48 bits of the hash of its newest row"),
+    Metric(
+        "bellwether_notifications_total",
+        _C,
+        "Events of receivers, by what became of them",
+        ("target", "result"),
+    ),
     # HTTP
     Metric("bellwether_http_requests_total", _C, "Answers", ("route", "method", "status")),
     Metric("bellwether_http_request_seconds", _H, "Time to answer", ("route",)),

@@ -126,6 +126,11 @@ def serve(
     except SettingsError as error:
         typer.echo(f"bellwether serve: {error}", err=True)
         raise typer.Exit(2) from None
+    try:
+        _files(settings)
+    except ValueError as error:
+        typer.echo(f"bellwether serve: {error}", err=True)
+        raise typer.Exit(2) from None
     if show_settings:
         typer.echo(json.dumps(settings.shown(), indent=2))
         return
@@ -135,3 +140,13 @@ def serve(
     from controller.service import serve as run
 
     raise typer.Exit(run(settings))
+
+
+def _files(settings: Any) -> None:
+    """Files that a role would stumble over later are read now; raises ValueError."""
+    from controller import notify, rolemap
+
+    if settings.oidc_roles is not None:
+        rolemap.load(settings.oidc_roles)
+    if settings.notify is not None:
+        notify.load(settings.notify)
