@@ -1,8 +1,8 @@
 """The device's MQTT 5 session, over paho in its own thread.
 
 The session outlives connections (clean_start False, a week's expiry), so orders of QoS 1 wait at
-the broker. The will tells of our loss. Reconnects are spread: exponential with jitter per device,
-so that a fleet does not come back as one wave. What the core publishes while the link is down is
+the broker. The will tells of our loss. Reconnects are spread (`device_agent.reconnect`), so that a
+fleet does not come back as one wave. What the core publishes while the link is down is
 dropped here: the outbox holds it.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from device_agent import agent as core
+from device_agent import reconnect
 from device_agent.agent import AckArrived, Connected, DesiredArrived, Disconnected, Event, Publish
 from device_agent.mqtt import PacketTypes, Properties, mqtt
 from device_agent.protocol import Channel, ProtocolError, parse_topic
@@ -31,7 +32,7 @@ class Link:
         subscriptions: tuple[str, ...],
         deliver: Callable[[Event], None],
         *,
-        longest_wait: float = 60.0,
+        longest_wait: float = reconnect.LONGEST,
     ) -> None:
         url = urlsplit(identity.broker_url)
         if url.scheme not in ("mqtt", "mqtts") or not url.hostname:
@@ -83,7 +84,7 @@ class Link:
     def _run(self) -> None:
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = SESSION_SECONDS
-        wait = 0.5
+        failures = 0
         while not self._stop.is_set():
             try:
                 self._client.connect(
@@ -92,8 +93,9 @@ class Link:
                 self._client.loop_forever(retry_first_connection=False)
             except OSError:
                 self._lost()
-            wait = 0.5 if self._was_up() else min(wait * 2, self._longest_wait)
-            self._stop.wait(wait * (0.5 + random.random()))  # noqa: S311 - spreads, hides nothing
+            failures = 0 if self._was_up() else failures + 1
+            dice = random.random()  # noqa: S311 - spreads, hides nothing
+            self._stop.wait(reconnect.pause(failures, dice, longest=self._longest_wait))
 
     def _was_up(self) -> bool:
         was, self._served = self._served, False
