@@ -5,6 +5,8 @@ Rules, in order:
 1. A batch is what came in `linger` seconds and during the last commit, at most `batch_max`
    messages; then it is committed. So batches grow with the load, and what is written once a device
    and batch (state, boots, sums) costs less a message.
+   While it is committed, the next one is read: each on a thread of its own, so that the database
+   and the decoder work side by side.
 2. After the commit, and not before: PUBACKs to the broker, acks to the devices.
 3. While the database is away nothing is acknowledged, and the same batch is tried again. With
    `queue_max` messages or `queue_bytes` waiting we stop reading the socket, until half of it is
@@ -22,13 +24,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import structlog
 
 from telemetry import metrics
 from telemetry.broker import Connection, Options, Received
-from telemetry.ingest import PROBE_TOPIC, BatchResult, Ingest, Limits
+from telemetry.ingest import PROBE_TOPIC, Ingest, Limits
 from telemetry.store.fold import Batch
 from telemetry.store.reports import Store
 from telemetry.store.retention import Retention, sweep
@@ -36,9 +41,10 @@ from telemetry.store.retention import Retention, sweep
 GROUP = "bw-ingest"
 PROBE_EVERY = 1.0
 SWEEP_EVERY = 60.0
+TIDY_EVERY = 10.0
 
 log = structlog.get_logger("bellwether.ingest")
-
+T = TypeVar("T")
 
 Registry = Callable[[], Mapping[str, str]]  # device → status
 
@@ -57,6 +63,7 @@ class Role:
     retention: float = Retention().raw  # seconds that raw messages are kept
     limits: Limits = field(default_factory=Limits)
     linger: float = 0.05
+    enough: int = 2_000  # messages for which nobody lingers
     batch_max: int = 20_000
     receive_maximum: int = 65_535
     queue_max: int = 40_000  # messages, and one read of the socket more
@@ -135,11 +142,15 @@ class Process:
         self._bytes = 0  # of their payloads
         self._session = 0  # the connection that the newest of them came on
         self._came = asyncio.Event()
+        self._many = asyncio.Event()  # half a batch is there: worth reading ahead
+        # One thread each: a pool would give every one of its threads memory of its own.
+        self._reader = ThreadPoolExecutor(1, "ingest-read")
+        self._writer = ThreadPoolExecutor(1, "ingest-write")
         self.connection = Connection(role.options(), on_messages=self._receive)
 
     async def run(self, stop: asyncio.Event) -> None:
         session = asyncio.create_task(self.connection.run())
-        beats = [asyncio.create_task(self._probe()), asyncio.create_task(self._sweep())]
+        beats = [asyncio.create_task(beat()) for beat in (self._probe, self._sweep, self._tidy)]
         session.add_done_callback(lambda _: stop.set())  # it ends by itself only by a defect
         try:
             await self._work(stop)
@@ -149,54 +160,82 @@ class Process:
             await asyncio.gather(*beats, return_exceptions=True)
             self.connection.stop()
             await session
+            self._reader.shutdown()
+            self._writer.shutdown()
 
     async def _work(self, stop: asyncio.Event) -> None:
+        """Read a batch while the one before it is committed; one of each at a time, in order."""
         stopped = asyncio.create_task(stop.wait())
+        committing: asyncio.Task[bool] | None = None
         while not stop.is_set():
-            await self._something(stopped)
-            await self._turn(stop)
-        while self._queue and await self._turn(stop):
-            pass
+            await self._something(stopped, committing)
+            if committing is not None and committing.done() and not self._queue:
+                kept, committing = committing.result(), None
+                if not kept:
+                    break
+            some = self._take()
+            if not some:
+                if committing is None:
+                    await self._answer(self._ingest.due(self._clock()))
+                continue
+            batch = await self._read(some, stop)
+            kept = committing is None or await committing
+            committing = None
+            if batch is None or not kept:
+                break  # not acknowledged: the broker has all of it, and sends it again
+            committing = asyncio.create_task(self._settle(some, batch, stop))
         stopped.cancel()
+        kept = committing is None or await committing
+        while kept and self._queue:
+            some = self._take()
+            last = await self._read(some, stop)
+            kept = last is not None and await self._settle(some, last, stop)
 
-    async def _something(self, stopped: asyncio.Task[bool]) -> None:
-        """Wait for a message, for an ack that becomes due, or for the end; then linger."""
+    async def _something(
+        self, stopped: asyncio.Task[bool], committing: asyncio.Task[bool] | None
+    ) -> None:
+        """Wait for enough messages, or for any once nothing is committed any more; then linger.
+
+        An ack that becomes due, and the end, do not wait.
+        """
+        if committing is not None and not committing.done():
+            many = asyncio.create_task(self._many.wait())
+            await asyncio.wait([many, committing, stopped], return_when=asyncio.FIRST_COMPLETED)
+            many.cancel()
+            return
         came = asyncio.create_task(self._came.wait())
         patience = 0.1 if self._ingest.owes() else None
         await asyncio.wait([came, stopped], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         came.cancel()
-        if self._queue and len(self._queue) < self._role.batch_max:
+        if 0 < len(self._queue) < self._role.enough:
             await asyncio.wait([stopped], timeout=self._role.linger)
 
-    async def _turn(self, stop: asyncio.Event) -> bool:
-        """One batch from the queue to the acks; False when it had to be given back."""
-        some = self._take()
+    async def _read(self, some: Sequence[Received], stop: asyncio.Event) -> Batch | None:
         metrics.gauge("bellwether_ingest_queue_messages", len(self._queue) + len(some))
-        if not some:
-            await self._answer(self._ingest.due(self._clock()))
-            return True
-        began = time.perf_counter()
         messages = [(message.topic, message.payload) for message in some]
-        result = await self._commit(messages, stop)
+        read = partial(self._ingest.read, messages)
+        return await self._tried(self._reader, read, stop)  # its registry may be away
+
+    async def _settle(self, some: Sequence[Received], batch: Batch, stop: asyncio.Event) -> bool:
+        """From the batch to its acks; False when it had to be given up."""
+        began = time.perf_counter()
+        result = await self._tried(self._writer, partial(self._ingest.commit, batch), stop)
         if result is None:
-            return False  # not acknowledged: the broker has all of it, and sends it again
+            return False
         self.connection.ack(some)
         await self._answer(result.acks)
         metrics.count("bellwether_ingest_batches_total")
         metrics.observe("bellwether_ingest_batch_seconds", time.perf_counter() - began)
         return True
 
-    async def _commit(
-        self, messages: Sequence[tuple[str, bytes]], stop: asyncio.Event
-    ) -> BatchResult | None:
-        """Commit, however often it takes; None when we are told to stop while it fails."""
-        batch: Batch | None = None
-        pause = 0.1
+    async def _tried(
+        self, thread: ThreadPoolExecutor, work: Callable[[float], T], stop: asyncio.Event
+    ) -> T | None:
+        """Work on that thread, however often it takes; None when told to stop while it fails."""
+        pause, loop = 0.1, asyncio.get_running_loop()
         while True:
             try:
-                if batch is None:  # the registry's database may be away, too
-                    batch = await asyncio.to_thread(self._ingest.read, messages, self._clock())
-                return await asyncio.to_thread(self._ingest.commit, batch, self._clock())
+                return await loop.run_in_executor(thread, work, self._clock())
             except Exception as error:  # noqa: BLE001 - whatever it is: unacknowledged is not lost
                 metrics.count("bellwether_ingest_store_errors_total")
                 log.warning("store_unavailable", error=str(error)[:300], retry_in=pause)
@@ -223,6 +262,8 @@ class Process:
             self.connection.pause()
             metrics.gauge("bellwether_ingest_paused", 1)
         self._came.set()
+        if len(self._queue) * 2 >= self._role.batch_max:
+            self._many.set()
 
     def _take(self) -> list[Received]:
         """The next batch; reads on when there is room again."""
@@ -233,6 +274,8 @@ class Process:
             metrics.gauge("bellwether_ingest_paused", 0)
         if not self._queue:
             self._came.clear()
+        if len(self._queue) * 2 < self._role.batch_max:
+            self._many.clear()
         return some
 
     def _full(self, part: int) -> bool:
@@ -246,6 +289,12 @@ class Process:
                 stamp = f"{self._clock():.3f}".encode()
                 await self.connection.publish_many([(PROBE_TOPIC, stamp)], qos=0, retain=False)
             await asyncio.sleep(PROBE_EVERY)
+
+    async def _tidy(self) -> None:
+        """What stands in cycles (results of queries do) goes at once, not after a million more."""
+        while True:
+            await asyncio.sleep(TIDY_EVERY)
+            gc.collect()
 
     async def _sweep(self) -> None:
         while True:
