@@ -46,8 +46,8 @@ class Measured:
 
 def run(options: Options) -> list[Row]:
     devices = options.devices or 1_000
-    one = Plan(seed=options.seed, devices=devices, messages=max(100_000, 3 * devices))
-    ten = replace(one, messages=max(50_000, 3 * devices), samples=10)
+    one = Plan(seed=options.seed, devices=devices, messages=max(300_000, 3 * devices))
+    ten = replace(one, messages=max(200_000, 3 * devices), samples=10)
     runs = options.runs or 3
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bellwether-bench-") as folder:

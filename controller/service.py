@@ -80,7 +80,7 @@ def run_controller(settings: Settings, stopping: threading.Event) -> None:
 def run_ingest(settings: Settings, stopping: threading.Event) -> None:
     """Broker → checked → committed → acknowledged."""
     from telemetry import seat
-    from telemetry.ingest_role import Role, run
+    from telemetry.ingest_role import Role, own_process, run
 
     engine = control_engine(settings)
     username, password = broker_credentials(settings, "ingest")
@@ -94,6 +94,7 @@ def run_ingest(settings: Settings, stopping: threading.Event) -> None:
             registry=lambda: _statuses(engine),
             retention=settings.retention,
         )
+        own_process()
         run(role, stopping)
 
 

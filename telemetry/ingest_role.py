@@ -84,13 +84,19 @@ class Role:
 
 
 def run(role: Role, stopping: threading.Event) -> None:
-    """Serve until `stopping` is set; for a process of its own: it tunes the garbage collector."""
-    # A batch makes several 100,000 objects, none in a cycle. Looking through them and all modules
-    # again and again took a quarter of the time.
+    """Serve until `stopping` is set."""
+    asyncio.run(_until(Process(role), stopping))
+
+
+def own_process() -> None:
+    """Tune the garbage collector of a process that does nothing but ingest.
+
+    A batch makes several 100,000 objects, none in a cycle. Looking through them, and through all
+    modules, again and again took a quarter of the time; `Process` collects every `TIDY_EVERY`.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
-    asyncio.run(_until(Process(role), stopping))
+    gc.disable()
 
 
 async def _until(process: Process, stopping: threading.Event) -> None:

@@ -94,7 +94,7 @@ class DeviceSums:
             start = max(now - seconds, now - PAST)
             self._batch.shifted += 1
         first, last = int(start // HOUR), int((start + seconds) // HOUR)
-        hour = self._hour(first)
+        hour = self.hours.get(first) or self._hour(first)
         counters, exposure = hour.counters, hour.exposure
         for name, count in message.counters.items():
             n, whole = counters.get(name, _NOTHING)
@@ -102,11 +102,17 @@ class DeviceSums:
         for name, amount in message.exposure.items():
             n, total = exposure.get(name, _NOTHING)
             exposure[name] = (n + 1, total + amount)
-        sums = levels(columns)
-        if first == last:
-            _merge(hour.levels, sums)
-        else:
+        if first != last:
             self._spread(message, start, last)
+            return seconds, levels(columns)
+        sums: dict[str, Sums] = {}
+        into = hour.levels
+        for name, column in columns.items():
+            part = _sums(column)
+            if part is not None:
+                sums[name] = part
+                before = into.get(name)
+                into[name] = part if before is None else _added(before, part)
         return seconds, sums
 
     def _hour(self, number: int) -> _Hour:
@@ -135,17 +141,20 @@ def samples(columns: Mapping[str, Column]) -> int:
 
 def levels(columns: Mapping[str, Column]) -> dict[str, Sums]:
     """Sums over each column; a column without one sample is left out."""
-    found: dict[str, Sums] = {}
-    for name, column in columns.items():
-        if len(column) == 1:
-            sample = column[0]
-            if sample is not None:
-                found[name] = (1, sample, sample * sample)
-            continue
-        known = [sample for sample in column if sample is not None]
-        if known:
-            found[name] = (len(known), sum(known), sum(map(mul, known, known)))
-    return found
+    found = {name: _sums(column) for name, column in columns.items()}
+    return {name: sums for name, sums in found.items() if sums is not None}
+
+
+def _sums(column: Column) -> Sums | None:
+    if len(column) == 1:
+        sample = column[0]
+        return None if sample is None else (1, sample, sample * sample)
+    known = [sample for sample in column if sample is not None]
+    return (len(known), sum(known), sum(map(mul, known, known))) if known else None
+
+
+def _added(one: Sums, other: Sums) -> Sums:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
 
 
 _NOTHING = (0, 0)
@@ -154,11 +163,7 @@ _NOTHING = (0, 0)
 def _merge(into: dict[str, Sums], more: Mapping[str, Sums]) -> None:
     for name, sums in more.items():
         before = into.get(name)
-        if before is None:
-            into[name] = sums
-        else:
-            n, total, squares = sums
-            into[name] = (before[0] + n, before[1] + total, before[2] + squares)
+        into[name] = sums if before is None else _added(before, sums)
 
 
 def _rows(number: int, device: str, hour: _Hour) -> Iterator[Row]:
