@@ -139,6 +139,9 @@ class Weights:
 class Engine:
     """Every number of the decision engine (docs: decisions)."""
 
+    # of a guardrail's evidence: all hardware together; the rest: each by itself
+    pooled_share: float = 0.5  # shares of devices: one bricked hardware is the usual fault
+    pooled_rate: float = 0.8  # rates and levels
     alpha: float = 0.05  # P(ever rolling back a harmless release) ≤ alpha
     beta: float = 0.10  # P(widening a wave whose harm reaches the margin) ≤ beta
     weights: Weights = field(default_factory=Weights)
@@ -148,6 +151,9 @@ class Engine:
     lost_budget: float = 0.001  # p0 of "last word ACTIVATING"
     history_bound: float = 0.80  # p0 ≥ this upper bound of the last releases' failures
     history_releases: int = 5
+    history_started: int = 1_000  # devices from which the fleet's own past replaces the budgets
+    history_floor: float = 0.0003  # no budget below this, however clean the past
+    quick_share: float = 0.5  # of an outcome's evidence: the exact count of early failures
     share_points: int = 160
     share_low: float = 1e-4
     share_high: float = 0.95
@@ -158,6 +164,9 @@ class Engine:
     ratio_low: float = 0.05
     ratio_high: float = 20.0
     ratio_prior: float = math.log(2)  # half-normal scale of log(ratio)
+    first_weight: float = 0.2  # of a rate's evidence: first events
+    late_weight: float = 0.2  # … repeat rate of devices enrolled for `late_hours`; the rest: of all
+    late_hours: float = 24.0
     first_share_limit: float = 0.20  # above: `safe` listens to the repeat rate alone
     repeat_prior: float = 0.5  # pseudo-events of a device's own baseline
     repeat_cap: int = 2  # a device's events count up to cap + cap_per × ⌈expected⌉

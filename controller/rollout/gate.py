@@ -23,15 +23,21 @@ needs 13 first events in both arms, ratio 2 about 53. `needed` computes it for a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from telemetry.evidence import first_events, guardrails, outcome
+import numpy as np
+
+from telemetry.evidence import curves, first_events, guardrails, outcome
 from telemetry.evidence.guardrails import Reading
 from telemetry.evidence.observations import Observations
 from telemetry.policy import UPDATE_OK, Engine, Gate, GateType, Policy, built, plain
+
+LOST, SILENCE = "lost", "silence"
+_SPEAKS = 2  # × the devices that refute a margin without a failure: a hardware judged by itself
+_CONTROL_SPEAKS = 20  # devices in control from which their silence is a measure
 
 
 class Verdict(StrEnum):
@@ -65,6 +71,7 @@ class Silence:
     exposed_silent: int
     control: int = 0
     control_silent: int = 0
+    curve: tuple[float, ...] = ()  # K2, each silence against those at risk then; () from the counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +103,7 @@ class Past:
 
     failed: int
     started: int
+    lost: int = 0  # of them in activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +157,9 @@ class _Shares:
 def judge(case: Case) -> Judgement:
     """The verdict on a step, with the one sentence that explains it."""
     engine = case.policy.engine
-    readings = _readings(case)
-    weights = _weights(engine, readings)
+    shares = _weights(case.policy)
+    readings = _readings(case, shares)
+    weights = [0.0 if r.dry_run else shares.get(r.name, 0.0) for r in readings]
     total = math.fsum(w * r.harm for w, r in zip(weights, readings, strict=True) if r.harm >= 0)
     proofs = _proofs(case)
     numbers = _numbers(case, readings, weights, total, proofs)
@@ -176,7 +185,11 @@ def judge(case: Case) -> Judgement:
     if not missing:
         return _judgement(case, Verdict.WIDEN, _widened(case, readings, proofs), numbers)
     binding, words = missing[0]
-    numbers = numbers | {"binding": binding, "missing": [text for _, text in missing]}
+    numbers = numbers | {
+        "binding": binding,
+        "missing": [text for _, text in missing],
+        "grow": _wants_devices(case, [name for name, _ in missing], proofs),
+    }
     more = f"; and {len(missing) - 1} more" if len(missing) > 1 else ""
     if case.step.max_soak is not None and case.step.soaked >= case.step.max_soak:
         if total <= 1 + 1e-9:
@@ -226,7 +239,7 @@ def needed(policy: Policy, step: StepLimits, *, controls_per_device: float = 5.0
 # -- readings -------------------------------------------------------------------------------------
 
 
-def _readings(case: Case) -> list[Reading]:
+def _readings(case: Case, weights: Mapping[str, float]) -> list[Reading]:
     engine, policy, step = case.policy.engine, case.policy, case.step
     bad: dict[str, tuple[int, int]] = {}
     lost: dict[str, tuple[int, int]] = {}
@@ -236,20 +249,21 @@ def _readings(case: Case) -> list[Reading]:
         s, n = lost.get(one.hardware, (0, 0))
         lost[one.hardware] = s + one.lost, n + one.started
     silent: dict[str, tuple[int, int, int, int]] = {}
+    quiet: dict[str, curves.Array] = {}
     for each in case.silence:
-        d1, d0, y1, y0 = silent.get(each.hardware, (0, 0, 0, 0))
-        silent[each.hardware] = (
-            d1 + each.exposed_silent,
-            d0 + each.control_silent,
-            y1 + each.exposed,
-            y0 + each.control,
-        )
-    history = tuple((past.failed, past.started) for past in case.history)
-    budget = outcome.budget(engine, case.max_failed, history)
+        counts = (each.exposed_silent, each.control_silent, each.exposed, each.control)
+        sums = silent.get(each.hardware, (0, 0, 0, 0))
+        silent[each.hardware] = _four(a + b for a, b in zip(sums, counts, strict=True))
+        ell = np.array(each.curve) if each.curve else first_events.curve(engine, [counts])
+        quiet[each.hardware] = quiet.get(each.hardware, 0.0) + ell
+    failures = tuple((past.failed + past.lost, past.started) for past in case.history)
+    losses = tuple((past.lost, past.started) for past in case.history)
+    budget = outcome.budget(engine, case.max_failed, failures, engine.failed_budget)
+    losable = outcome.budget(engine, None, losses, engine.lost_budget)
     readings = [
-        guardrails.shares(engine, UPDATE_OK, "outcome", bad, budget),
-        guardrails.shares(engine, "lost", "lost", lost, engine.lost_budget),
-        guardrails.silence(engine, silent),
+        guardrails.shares(engine, UPDATE_OK, "outcome", bad, budget, weights[UPDATE_OK]),
+        guardrails.shares(engine, LOST, "lost", lost, losable, weights[LOST]),
+        guardrails.silence(engine, silent, quiet),
     ]
     for gate in policy.gates:
         seen = case.observations.metric(gate.metric)
@@ -260,7 +274,8 @@ def _readings(case: Case) -> list[Reading]:
             margin = step.margins.get(
                 gate.metric, gate.margin.absolute or _failed_margin(engine, step)
             )
-            readings.append(guardrails.share_of_devices(engine, gate, seen, margin))
+            weight = weights.get(gate.metric, 0.0)
+            readings.append(guardrails.share_of_devices(engine, gate, seen, margin, weight))
         elif gate.type is GateType.MEAN:
             loosening = _of(engine.level_loosening, step.wave)
             fixed = step.margins.get(gate.metric)
@@ -268,16 +283,22 @@ def _readings(case: Case) -> list[Reading]:
     return readings
 
 
-def _weights(engine: Engine, readings: list[Reading]) -> list[float]:
-    """One weight per reading, summing to 1: a dry-run gate has none, a kind shares its own."""
-    declared = engine.weights
-    kinds = [reading.kind for reading in readings if not reading.dry_run]
-    raw = [
-        0.0 if reading.dry_run else getattr(declared, reading.kind) / kinds.count(reading.kind)
-        for reading in readings
-    ]
-    total = math.fsum(raw)
-    return [weight / total for weight in raw] if total > 0 else raw
+def _four(values: Iterable[int]) -> tuple[int, int, int, int]:
+    d1, d0, y1, y0 = values
+    return d1, d0, y1, y0
+
+
+def _weights(policy: Policy) -> dict[str, float]:
+    """Each guardrail's share of α, summing to 1: a dry-run gate has none, a kind shares its own."""
+    declared = policy.engine.weights
+    kinds = {UPDATE_OK: "outcome", LOST: "lost", SILENCE: "silence"}
+    for gate in policy.gates:
+        if gate.metric != UPDATE_OK and gate.type is not GateType.EVENT and not gate.dry_run:
+            kinds[gate.metric] = "levels" if gate.type is GateType.MEAN else "events"
+    many = list(kinds.values())
+    raw = {name: getattr(declared, kind) / many.count(kind) for name, kind in kinds.items()}
+    total = math.fsum(raw.values())
+    return {name: weight / total for name, weight in raw.items()} if total > 0 else raw
 
 
 def _proofs(case: Case) -> list[_Shares]:
@@ -294,14 +315,31 @@ def _proofs(case: Case) -> list[_Shares]:
         s, n = lost.get(one.hardware, (0, 0))
         gone = one.failed + one.silent + one.lost + one.pending
         lost[one.hardware] = s + gone, n + one.started
+    half = _lost_margin(engine, step) / 2
     for hardware, count in silent.items():  # silent after its commit: as good as lost
         s, n = lost.get(hardware, (0, 0))
         confirmed = sum(o.silent + o.lost for o in case.outcomes if o.hardware == hardware)
-        lost[hardware] = min(n, s + max(0, count - confirmed)), n
+        lost[hardware] = (
+            min(n, s + max(0, count - confirmed - _usually(case, hardware, n, half))),
+            n,
+        )
     return [
         _proof(engine, "failed", failed, _failed_margin(engine, step)),
         _proof(engine, "failed or lost", lost, _lost_margin(engine, step)),
     ]
+
+
+def _usually(case: Case, hardware: str, devices: int, most: float) -> int:
+    """How many of so many devices fall silent without the release, by what the control does.
+
+    At most a share of `most`: while a third of both arms is away, nothing is proven.
+    """
+    parts = [one for one in case.silence if one.hardware == hardware]
+    control = sum(one.control for one in parts)
+    if control < _CONTROL_SPEAKS:
+        return 0
+    share = sum(one.control_silent for one in parts) / control
+    return math.floor(devices * min(share, most))
 
 
 def _proof(
@@ -312,10 +350,11 @@ def _proof(
     enough = outcome.needed(engine, margin)
     unproven = []
     for hardware, (s, started) in sorted(groups.items()) if len(groups) > 1 else ():
-        if started < enough:
+        own = outcome.safe(engine, s, started, margin)
+        if own < 1 / engine.beta and started < _SPEAKS * enough:
             unproven.append(hardware)
         else:
-            safe = min(safe, outcome.safe(engine, s, started, margin))
+            safe = min(safe, own)
     need = outcome.needed(engine, margin, bad) if bad <= n else 0
     lacks = (
         f"{UPDATE_OK}: {n - bad} of {need - bad} devices needed without failure to refute "
@@ -408,6 +447,13 @@ def _missing(case: Case, readings: list[Reading], proofs: list[_Shares]) -> list
         words = f"soaked {_span(step.soaked)} of {_span(step.min_soak)}"
         missing.append(("soak", words))
     return missing
+
+
+def _wants_devices(case: Case, missing: list[str], proofs: list[_Shares]) -> bool:
+    """Would more devices help where more time cannot? Soaked, every outcome known, none proven."""
+    here = [one for one in case.outcomes if one.wave == case.step.wave]
+    known = bool(here) and not any(one.pending for one in here)
+    return known and set(missing) <= {proof.name for proof in proofs}
 
 
 def _uneven(case: Case) -> str:

@@ -38,6 +38,11 @@ def ratio_grid(engine: Engine) -> Array:
 
 
 @lru_cache(maxsize=64)
+def _spacing(low: float, high: float, points: int) -> Array:
+    return np.gradient(_log_spaced(low, high, points))
+
+
+@lru_cache(maxsize=64)
 def _log_spaced(low: float, high: float, points: int) -> Array:
     grid = np.exp(np.linspace(math.log(low), math.log(high), points))
     grid.setflags(write=False)
@@ -63,7 +68,7 @@ def safe(grid: Array, curve: Array, at_margin: float, margin: float, prior: Arra
 
 def flat_in_share(grid: Array) -> Array:
     """The uniform prior in p, as weights of a log-spaced grid."""
-    return np.gradient(grid)
+    return _spacing(float(grid[0]), float(grid[-1]), grid.size)
 
 
 def flat_in_log(grid: Array) -> Array:

@@ -78,6 +78,7 @@ def band(engine: Engine, ell: Array) -> tuple[float, float]:
     return curves.band(curves.ratio_grid(engine), ell, prior=_around_one(engine))
 
 
+@lru_cache(maxsize=64)
 def _around_one(engine: Engine) -> Array:
     grid = curves.ratio_grid(engine)
     result: Array = np.exp(-0.5 * (np.log(grid) / engine.ratio_prior) ** 2)
@@ -132,6 +133,11 @@ def hours_needed(engine: Engine, budget: float, events: int = 0) -> float:
 @lru_cache(maxsize=4096)
 def events_needed(engine: Engine, margin: float, share: float) -> int:
     """First events in both arms, at no harm, that refute the ratio; `share` = exposed ÷ all."""
+    return _events_needed(engine, margin, round(share, 2))
+
+
+@lru_cache(maxsize=4096)
+def _events_needed(engine: Engine, margin: float, share: float) -> int:
 
     def proof(total: int) -> float:
         exposed = total * share

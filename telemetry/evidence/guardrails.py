@@ -2,9 +2,10 @@
 
 Decides how the parts of a guardrail combine, not what follows (`controller.rollout.gate`):
 
-1. E is the mean of the pooled E and the E of each hardware: harm in a small group is not diluted.
-2. A rate's E is ½ first events (K2) + ½ repeat rate (K3r); with no control at all, K2' against the
-   declared budget alone.
+1. E is a mean of the pooled E and of the E of each hardware: harm in a small group is not diluted.
+2. A share's E is a mean of the K1 mixture and of an exact test of early failures; a rate's of first
+   events (K2) and repeat rate (K3r); with no control at all, K2' against the declared budget alone.
+   A weighted mean of e-values is an e-value under any dependence (Vovk & Wang 2021).
 3. A rate is safe when its ratio margin *or* its budget is refuted. Above 20 % of devices with a
    first event the ratio listens to K3r alone, the budget to the worse of first and capped counts.
 4. NaN anywhere stays NaN: it passes no gate.
@@ -42,41 +43,73 @@ class Reading:
 
 
 def shares(
-    engine: Engine, name: str, kind: str, groups: Mapping[str, tuple[int, int]], budget: float
+    engine: Engine,
+    name: str,
+    kind: str,
+    groups: Mapping[str, tuple[int, int]],
+    budget: float,
+    weight: float,
 ) -> Reading:
-    """K1 of (failures, started) by hardware against a budget; its safety is judged apart."""
+    """K1 of (failures, started) by hardware against a budget; its safety is judged apart.
+
+    `weight` is this guardrail's share of α: what the exact count of early failures may spend.
+    """
     failures, started = (sum(g[i] for g in groups.values()) for i in (0, 1))
-    evidence = _pooled(
-        outcome.harm(engine, failures, started, budget),
-        [outcome.harm(engine, s, n, budget) for s, n in groups.values()],
-    )
+    parts = list(groups.values()) if len(groups) > 1 else []
+    pooled_weight = engine.pooled_share if parts else 1.0
+    evidence, met = _shares_harm(engine, (failures, started), budget, weight * pooled_weight)
+    each = []
+    for group in parts:
+        share = weight * (1 - pooled_weight) / len(parts)
+        one, hit = _shares_harm(engine, group, budget, share)
+        each.append(one)
+        met = met or hit
     low, high = outcome.band(engine, failures, started)
     share = failures / started if started else math.nan
+    says = (
+        f"{failures} of {started} devices {_what(kind)} ({_percent(share)} "
+        f"[{_percent(low)}, {_percent(high)}]), budget {_percent(budget)}"
+    )
+    if met:
+        says += f": a release within it seldom has {met[0]} among its first {met[1]} devices"
     return Reading(
         name=name,
         kind=kind,
-        harm=evidence,
+        harm=_pooled(engine.pooled_share, evidence, each),
         safe=None,
         margin=budget,
         estimate=share,
         band=(low, high),
         counts={"failures": failures, "started": started, "budget": budget},
-        says=(
-            f"{failures} of {started} devices {_what(kind)} ({_percent(share)} "
-            f"[{_percent(low)}, {_percent(high)}]), budget {_percent(budget)}"
-        ),
+        says=says,
     )
 
 
-def silence(engine: Engine, groups: Mapping[str, tuple[int, int, int, int]]) -> Reading:
-    """K2 on "no contact": (d1, d0, y1, y0) by hardware."""
-    pooled = first_events.curve(engine, [_floats(group) for group in groups.values()])
+def _shares_harm(
+    engine: Engine, group: tuple[int, int], budget: float, weight: float
+) -> tuple[float, tuple[int, int] | None]:
+    """(E, the early count that is met): a mean of the mixture and of the exact test."""
+    failures, started = group
+    mixture = outcome.harm(engine, failures, started, budget)
+    level = engine.alpha * weight * engine.quick_share
+    if not 0 < level < 1:
+        return mixture, None
+    met = outcome.quick(failures, started, budget, level)
+    share = engine.quick_share
+    return (1 - share) * mixture + (share / level if met else 0.0), met
+
+
+def silence(
+    engine: Engine,
+    groups: Mapping[str, tuple[int, int, int, int]],
+    ells: Mapping[str, curves.Array],
+) -> Reading:
+    """K2 on "no contact": (d1, d0, y1, y0) and the curve by hardware."""
+    pooled = sum(ells.values(), first_events.flat(engine))
     evidence = _pooled(
+        engine.pooled_share,
         first_events.harm(engine, pooled),
-        [
-            first_events.harm(engine, first_events.curve(engine, [_floats(g)]))
-            for g in groups.values()
-        ],
+        [first_events.harm(engine, ell) for ell in ells.values()],
     )
     d1, d0, y1, y0 = (sum(group[i] for group in groups.values()) for i in range(4))
     return Reading(
@@ -106,15 +139,11 @@ def rate(
     controls = _controls(seen)
     evidence = rate_harm(engine, gate, seen)
     ell = _curve(engine, gate, seen, None)
-    ratio_seen, low, high = _ratio(engine, ell, _repeats(engine, gate, seen, None))
+    ratio_seen, low, high = _ratio(engine, ell, _repeats(engine, gate, seen.repeats, None))
     one, zero = _arm(seen.totals, "exposed"), _arm(seen.totals, "control")
     counts = {"exposed": one, "control": zero}
     crowded = _crowded(engine, seen)
-    ratio = (
-        levels.safe(_repeats(engine, gate, seen, None), math.log(margin), engine.ratio_prior)
-        if crowded
-        else first_events.safe(engine, ell, margin)
-    )
+    ratio = _ratio_safe(engine, ell, _repeats(engine, gate, seen.repeats, None), margin, crowded)
     safe, lacks = ratio, _lacks_events(engine, gate, one, zero, margin)
     budget = gate.budget_rate()
     if budget is not None:
@@ -145,14 +174,16 @@ def rate_harm(engine: Engine, gate: Gate, seen: MetricSeen) -> float:
     controls = _controls(seen)
     hardware = sorted({t.hardware for t in seen.totals})
     parts = [_rate_harm(engine, gate, seen, h, controls) for h in hardware]
-    return _pooled(_rate_harm(engine, gate, seen, None, controls), parts)
+    return _pooled(engine.pooled_rate, _rate_harm(engine, gate, seen, None, controls), parts)
 
 
 def _controls(seen: MetricSeen) -> bool:
     return any(t.arm == "control" and t.devices for t in seen.totals)
 
 
-def share_of_devices(engine: Engine, gate: Gate, seen: MetricSeen, margin: float) -> Reading:
+def share_of_devices(
+    engine: Engine, gate: Gate, seen: MetricSeen, margin: float, weight: float
+) -> Reading:
     """A proportion gate on a counter: the share of exposed devices with at least one."""
     groups: dict[str, tuple[int, int]] = {}
     for total in seen.totals:
@@ -160,7 +191,7 @@ def share_of_devices(engine: Engine, gate: Gate, seen: MetricSeen, margin: float
             s, n = groups.get(total.hardware, (0, 0))
             groups[total.hardware] = s + total.first, n + total.devices
     budget = gate.budget_share if gate.budget_share is not None else engine.failed_budget
-    base = shares(engine, gate.metric, "events", groups, budget)
+    base = shares(engine, gate.metric, "events", groups, budget, weight)
     s, n = base.counts["failures"], base.counts["started"]
     return Reading(
         name=gate.metric,
@@ -203,7 +234,7 @@ def level(
             )
             for h in sorted(groups)
         ]
-        harm = _pooled(levels.harm(pooled, scale), each)
+        harm = _pooled(engine.pooled_rate, levels.harm(pooled, scale), each)
     low, high = levels.band(pooled, scale) if known else (-math.inf, math.inf)
     safe = levels.safe(pooled, margin, scale) if known else 1.0
     n1, n0 = int(exposed.n), int(control.n)
@@ -230,8 +261,11 @@ def level(
 # -- parts ----------------------------------------------------------------------------------------
 
 
-def _pooled(pooled: float, each: list[float]) -> float:
-    return curves.average([pooled, *each]) if len(each) > 1 else pooled
+def _pooled(share: float, pooled: float, each: list[float]) -> float:
+    """All hardware together and each by itself: harm in a small group is not diluted."""
+    if len(each) < 2:
+        return pooled
+    return share * pooled + (1 - share) * curves.average(each)
 
 
 def _rate_harm(
@@ -239,15 +273,32 @@ def _rate_harm(
 ) -> float:
     if controls:
         ell = _curve(engine, gate, seen, hardware)
-        repeats = _repeats(engine, gate, seen, hardware)
-        return curves.average(
-            [first_events.harm(engine, ell), levels.harm(repeats, engine.ratio_prior)]
-        )
+        tau, late = engine.ratio_prior, engine.late_weight
+        repeats = _repeats(engine, gate, seen.repeats, hardware)
+        later = _repeats(engine, gate, seen.late, hardware)
+        repeated = levels.harm(repeats, tau) * (1 - late - engine.first_weight)
+        first = engine.first_weight * first_events.harm(engine, ell)
+        return first + repeated + late * levels.harm(later, tau)
     budget = gate.budget_rate()
     if budget is None:
         return 1.0  # own past alone is advisory: nothing to judge against
     firsts, exposure, _ = _at_risk(seen, hardware)
     return first_events.budget_harm(engine, firsts, exposure, budget[0])
+
+
+def _mixed(engine: Engine, first: float, repeated: float) -> float:
+    return engine.first_weight * first + (1 - engine.first_weight) * repeated
+
+
+def _ratio_safe(
+    engine: Engine, ell: curves.Array, repeats: levels.Normal, margin: float, crowded: bool
+) -> float:
+    """F of the ratio. First events alone understate it where many devices had one (frailty)."""
+    first = first_events.safe(engine, ell, margin)
+    if repeats.i <= 0 and not crowded:
+        return first
+    repeated = levels.safe(repeats, math.log(margin), engine.ratio_prior)
+    return repeated if crowded else _mixed(engine, first, repeated)
 
 
 def _ratio(engine: Engine, ell: curves.Array, repeats: levels.Normal) -> tuple[float, float, float]:
@@ -275,9 +326,20 @@ def _curve(engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None) -
     return first_events.turned(engine, ell) if gate.direction is Direction.DECREASE else ell
 
 
-def _repeats(engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None) -> levels.Normal:
-    chosen = [p for p in seen.repeats if hardware is None or p.hardware == hardware]
-    pairs = [(p.exposed, p.control) for p in chosen]
+def _repeats(
+    engine: Engine, gate: Gate, parts: Iterable[ArmSums], hardware: str | None
+) -> levels.Normal:
+    chosen = [p for p in parts if hardware is None or p.hardware == hardware]
+    waves: dict[int, tuple[levels.Sums, levels.Sums]] = {}
+    pairs = []
+    for part in chosen:
+        pair = (part.exposed, part.control)
+        if min(arm.y for arm in pair) >= engine.repeat_min_events:
+            pairs.append(pair)
+        else:  # too few for themselves: with the others of their wave
+            one, zero = waves.get(part.wave, (levels.Sums(), levels.Sums()))
+            waves[part.wave] = one + part.exposed, zero + part.control
+    pairs += waves.values()
     if gate.direction is Direction.DECREASE:
         pairs = [(zero, one) for one, zero in pairs]
     return levels.repeat(pairs, engine.repeat_min_events)
@@ -401,11 +463,6 @@ def _signed(normal: levels.Normal, sign: float) -> levels.Normal:
 
 def _sum(parts: Iterable[levels.Sums]) -> levels.Sums:
     return sum(parts, levels.Sums())
-
-
-def _floats(group: tuple[int, int, int, int]) -> first_events.Tick:
-    d1, d0, y1, y0 = group
-    return float(d1), float(d0), float(y1), float(y0)
 
 
 def arm_sums(parts: Iterable[ArmSums]) -> tuple[levels.Sums, levels.Sums]:

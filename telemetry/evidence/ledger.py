@@ -24,8 +24,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from telemetry.evidence.observations import MetricSeen, Observations, merge
-from telemetry.evidence.tally import Rollup, Tally
+from telemetry.evidence.observations import Observations, merge
+from telemetry.evidence.tally import Rollup, Tally, observe
 from telemetry.policy import UPDATE_OK, GateType, Policy
 from telemetry.report import HealthRow
 
@@ -77,7 +77,7 @@ class _Unit:
 
 
 @dataclass(slots=True)
-class _Shape:
+class Shape:
     """How a level's messages are read: winsorised at the fleet's own past, perhaps as logs."""
 
     low: float = -math.inf
@@ -106,7 +106,7 @@ class Ledger:
         self._past: dict[str, dict[int, _Amounts]] = {}  # device → day → sums
         self._recent: dict[str, deque[HealthRow]] = {}
         self._sketch: dict[str, list[tuple[int, float]]] = {}
-        self._shapes: dict[str, _Shape] | None = None
+        self._shapes: dict[str, Shape] | None = None
         units = {gate.unit for gate in self._counted}
         units |= {budget[1] for gate in self._counted if (budget := gate.budget_rate())}
         self._exposures = tuple(sorted(units - {"device_hour"}))
@@ -315,7 +315,7 @@ class Ledger:
         self._shapes = {}
         for gate in self._level_gates:
             values = np.array([value for _, value in self._sketch.get(gate.metric, [])])
-            self._shapes[gate.metric] = _shape(values, engine.winsor, engine.skew_limit)
+            self._shapes[gate.metric] = shape_of(values, engine.winsor, engine.skew_limit)
         if any(shape.logged for shape in self._shapes.values()):
             # What was folded before was not read as logarithms: the past of those levels is void.
             void = [
@@ -330,6 +330,7 @@ class Ledger:
             lengths = [rows[-1].seconds for rows in self._recent.values() if rows]
             usual = float(np.median(lengths)) if lengths else TICK
             self.tick = min(TICK, max(0.5, 2.5 * usual))
+        self._tally.late_ticks = max(1, round(engine.late_hours * 3600 / self.tick))
 
     # -- ticks -------------------------------------------------------------------------------------
 
@@ -344,23 +345,8 @@ class Ledger:
 
     def _observe(self) -> Observations:
         self._fold()
-        tally, metrics = self._tally, dict[str, MetricSeen]()
-        for gate in self._counted:
-            metrics[gate.metric] = MetricSeen(
-                metric=gate.metric,
-                firsts=tally.first_events(gate.metric),
-                repeats=tally.repeats(gate) if gate.type is GateType.RATE else (),
-                totals=tally.totals(gate),
-                bands=tally.bands(gate) if gate.type is GateType.RATE else (),
-            )
-        for gate in self._level_gates:
-            shape = (self._shapes or {}).get(gate.metric)
-            metrics[gate.metric] = MetricSeen(
-                metric=gate.metric,
-                levels=tally.levels(gate),
-                logged=shape is not None and shape.logged,
-            )
-        return Observations(arms=tally.arms(), metrics=metrics)
+        logged = {name for name, shape in (self._shapes or {}).items() if shape.logged}
+        return observe(self._tally, self._counted, self._level_gates, logged)
 
 
 def _time(row: HealthRow) -> float:
@@ -374,10 +360,11 @@ def _hours(row: HealthRow) -> float:
     return row.exposure.get("device_hour", row.seconds / 3600)
 
 
-def _shape(values: npt.NDArray[np.float64], cut: float, skew_limit: float) -> _Shape:
+def shape_of(values: npt.NDArray[np.float64], cut: float, skew_limit: float) -> Shape:
+    """The limits of a level from its pre-period means, shape (n,); fewer than 20 set none."""
     if values.size < 20:
-        return _Shape()
+        return Shape()
     low, high = (float(v) for v in np.quantile(values, [cut, 1 - cut]))
     spread = float(values.std())
     skew = float(((values - values.mean()) ** 3).mean()) / spread**3 if spread > 0 else 0.0
-    return _Shape(low=low, high=high, logged=skew > skew_limit and low > 0)
+    return Shape(low=low, high=high, logged=skew > skew_limit and low > 0)

@@ -6,8 +6,10 @@ Decides δ and its variance V from sums over devices, and turns them into eviden
     E = 2 (1 + τ²I)^−½ exp(u²/2) Φ(u),  u = τS/√(1 + τ²I)     (half-normal prior, scale τ)
     F = the same with S → −(S − M·I)
 
-δ is first replaced by the value with the same one-sided p under t(n₁ + n₀ − 3), so that few devices
-do not claim what only many can. K3 is *replaced* each tick: it is a cumulative estimate.
+δ is first replaced by the value with the same one-sided p under Student's t with Welch's degrees of
+freedom (n₁ + n₀ − 3 would be far too many where 3 devices meet 3,000 controls), and no arm counts
+as more certain than the fleet's usual scatter: few devices do not claim what only many can.
+K3 is *replaced* each tick: it is a cumulative estimate.
 
 Level: y = device mean since enrolment, x = its mean before; θ = pooled within-arm slope;
 δ = mean₁(y − θx) − mean₀(y − θx), V = s₁²/n₁ + s₀²/n₀.
@@ -26,6 +28,7 @@ from telemetry.evidence.curves import bounded
 from telemetry.policy import Engine
 
 _NORMAL = NormalDist()
+_MANY = 1e4  # degrees of freedom that make Student's t a normal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,28 +80,53 @@ def level(pairs: Iterable[Pair], rule: Rule | None = None) -> Normal:
 
     `rule`: how δ and V become one stratum's share (default: δ corrected, for evidence).
     """
-    pairs = list(pairs)
+    pairs = [pair for pair in pairs if min(arm.n for arm in pair) >= 2]
     slope = _slope(pairs)
+    usual = _usual_spread(pairs, slope)
     total = Normal()
     for one, zero in pairs:
-        if one.n < 2 or zero.n < 2:
-            continue
         delta = (one.y - slope * one.x) / one.n - (zero.y - slope * zero.x) / zero.n
-        variance = _spread(one, slope) / one.n + _spread(zero, slope) / zero.n
-        total += (rule or _corrected)(delta, variance, one.n + zero.n - 3)
+        total += (rule or _normal)(
+            delta, *_welch([_part(_spread(arm, slope), usual, arm) for arm in (one, zero)])
+        )
     return total
 
 
 def repeat(pairs: Iterable[Pair], min_events: float, rule: Rule | None = None) -> Normal:
-    """The log ratio of repeat rates; y = capped events, x = expected events per device."""
+    """The log ratio of repeat rates; y = capped events, x = expected events per device.
+
+    Few events are skewed: z is the signed root of the Poisson deviance of the two counts given
+    their sum, divided by their dispersion, instead of δ/√V (McCullagh & Nelder 1989, 2.3, 12.6).
+    """
+    # One device alone says nothing of how devices differ.
+    pairs = [
+        (one, zero)
+        for one, zero in pairs
+        if min(one.y, zero.y) >= min_events and min(one.x, zero.x) > 0 and min(one.n, zero.n) >= 2
+    ]
+    arms = [arm for pair in pairs for arm in pair]
+    events = math.fsum(arm.y for arm in arms)
+    scatter = math.fsum(_clustered(arm) * arm.y * arm.y for arm in arms)
+    wide = max(1.0, scatter / events) if events else 1.0
     total = Normal()
     for one, zero in pairs:
-        if min(one.y, zero.y) < min_events or min(one.x, zero.x) <= 0 or min(one.n, zero.n) < 2:
-            continue  # one device alone says nothing of how devices differ
-        delta = math.log((one.y / one.x) / (zero.y / zero.x))
-        variance = _clustered(one) + _clustered(zero)
-        total += (rule or _corrected)(delta, variance, one.n + zero.n - 3)
+        parts = [_part(_clustered(arm) * arm.n, wide * arm.n / arm.y, arm) for arm in (one, zero)]
+        variance, df = _welch(parts)
+        dispersion = variance / (1 / one.y + 1 / zero.y)
+        z = _root_deviance(one, zero) / math.sqrt(dispersion)
+        total += (rule or _normal)(z * math.sqrt(variance), variance, df)
     return total
+
+
+def _root_deviance(one: Sums, zero: Sums) -> float:
+    """Signed root of 2 Σ O log(O/E), E: both arms' events shared out as they were expected."""
+    share = one.x / (one.x + zero.x)
+    events = one.y + zero.y
+    deviance = 2 * (
+        one.y * math.log(one.y / (events * share))
+        + zero.y * math.log(zero.y / (events * (1 - share)))
+    )
+    return math.copysign(math.sqrt(max(0.0, deviance)), one.y - events * share)
 
 
 def harm(normal: Normal, scale: float) -> float:
@@ -155,7 +183,20 @@ def _log_phi(u: float) -> float:
     return -0.5 * u * u - math.log(-u) - 0.5 * math.log(2 * math.pi)
 
 
-def _corrected(delta: float, variance: float, df: float) -> Normal:
+def _part(own: float, usual: float, arm: Sums) -> tuple[float, float]:
+    """(variance of an arm's mean, its degrees of freedom): never below the fleet's usual scatter,
+    which many devices have measured."""
+    return max(own, usual) / arm.n, arm.n - 1 if own > usual else _MANY
+
+
+def _welch(parts: list[tuple[float, float]]) -> tuple[float, float]:
+    """Variance and Welch's degrees of freedom of a difference."""
+    variance = math.fsum(v for v, _ in parts)
+    squares = math.fsum(v * v / max(free, 1.0) for v, free in parts)
+    return variance, variance**2 / squares if squares > 0 else 0.0
+
+
+def _normal(delta: float, variance: float, df: float) -> Normal:
     if not (variance > 0 and math.isfinite(variance) and math.isfinite(delta)) or df <= 0:
         return Normal()
     sigma = math.sqrt(variance)
@@ -173,6 +214,14 @@ def widened(delta: float, variance: float, df: float) -> Normal:
 
 
 Rule = Callable[[float, float, float], Normal]  # δ, V, degrees of freedom
+
+
+def _usual_spread(pairs: list[Pair], slope: float) -> float:
+    """Variance between devices within their arm, over all arms: two devices that happen to agree
+    are not more certain than their fleet."""
+    arms = [arm for pair in pairs for arm in pair]
+    free = math.fsum(arm.n - 1 for arm in arms)
+    return math.fsum(_spread(a, slope) * (a.n - 1) for a in arms) / free if free > 0 else 0.0
 
 
 def _slope(pairs: list[Pair]) -> float:

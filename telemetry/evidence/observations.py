@@ -72,6 +72,7 @@ class MetricSeen:
     metric: str
     firsts: tuple[FirstEvents, ...] = ()
     repeats: tuple[ArmSums, ...] = ()
+    late: tuple[ArmSums, ...] = ()  # the repeats of units that have been enrolled for a while
     levels: tuple[ArmSums, ...] = ()
     totals: tuple[ArmTotals, ...] = ()
     bands: tuple[BandSums, ...] = ()
@@ -124,6 +125,7 @@ def _metric(name: str, parts: list[MetricSeen]) -> MetricSeen:
         metric=name,
         firsts=_firsts([first for part in parts for first in part.firsts]),
         repeats=_sums([sums for part in parts for sums in part.repeats]),
+        late=_sums([sums for part in parts for sums in part.late]),
         levels=_sums([sums for part in parts for sums in part.levels]),
         totals=_totals([total for part in parts for total in part.totals]),
         bands=_bands([band for part in parts for band in part.bands]),

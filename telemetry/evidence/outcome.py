@@ -15,6 +15,9 @@ from telemetry.evidence import curves
 from telemetry.evidence.curves import Array
 from telemetry.policy import Engine
 
+# Which count of early failures spends how much: most faults of a wave of 100 show by the third.
+_QUICK = ((2, 0.2), (3, 0.4), (4, 0.2), (5, 0.1), (6, 0.1))
+
 
 def curve(engine: Engine, failures: float, started: float) -> Array:
     """ℓ on `share_grid`; shape (share_points,)."""
@@ -63,6 +66,7 @@ def band(engine: Engine, failures: float, started: float) -> tuple[float, float]
     return (0.0 if failures == 0 else low), high
 
 
+@lru_cache(maxsize=4096)
 def upper_bound(failures: int, started: int, level: float) -> float:
     """One-sided exact (Clopper–Pearson) upper bound of a share, by bisection."""
     if started <= 0 or failures >= started:
@@ -77,16 +81,62 @@ def upper_bound(failures: int, started: int, level: float) -> float:
     return high
 
 
-def budget(engine: Engine, declared: float | None, history: tuple[tuple[int, int], ...]) -> float:
-    """p0: the declared budget, else the floor, raised to what the last releases really failed."""
-    floor = engine.failed_budget if declared is None else declared
+def budget(
+    engine: Engine, declared: float | None, history: tuple[tuple[int, int], ...], usual: float
+) -> float:
+    """p0 of a kind of failure. `history`: (failures, started) of earlier releases, newest last.
+
+    A fleet with enough of a past is judged by it: the upper bound of all its releases together, but
+    no less than its worst one, since that was accepted too. Without one: what is declared, else
+    `usual`. A declared budget is a promise to people: the past may raise it and never lowers it.
+    """
+    floor = usual if declared is None else declared
     recent = history[-engine.history_releases :]
     started = sum(n for _, n in recent)
-    if started == 0:
-        return floor
-    bound = upper_bound(sum(s for s, _ in recent), started, engine.history_bound)
-    # A bound that is wide for want of data is no reason to accept more failures.
-    return max(floor, bound) if started >= 1 / floor else floor
+    if started < max(engine.history_started, 1):
+        # A bound that is wide for want of data is no reason to accept more failures.
+        bound = _pooled_bound(engine, recent) if started >= 1 / floor else 0.0
+        return max(floor, bound)
+    worst = max((s / n for s, n in recent if n >= engine.history_started / 5), default=0.0)
+    own = max(engine.history_floor, worst, _pooled_bound(engine, recent))
+    return min(0.5, own if declared is None else max(declared, own))
+
+
+def _pooled_bound(engine: Engine, recent: tuple[tuple[int, int], ...]) -> float:
+    failures, started = sum(s for s, _ in recent), sum(n for _, n in recent)
+    return upper_bound(failures, started, engine.history_bound) if started else 0.0
+
+
+@lru_cache(maxsize=4096)
+def quick_limits(budget: float, level: float) -> tuple[tuple[int, int], ...]:
+    """(k, n): with the share at `budget`, k failures among the first n devices are so rare.
+
+    The chance that *any* of the pairs is ever met is at most `level`, however often one looks: the
+    k-th failure comes among the first n_k devices with P(Bin(n_k, p0) ≥ k) ≤ level · share_k, and
+    the shares sum to 1 (union bound). Exact at any n; empty where not even k devices in a row fit.
+    """
+    found = []
+    for k, share in _QUICK:
+        low, high = k - 1, k
+        while 1 - at_most(k - 1, high, budget) <= level * share and high < 1_000_000:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            rare = 1 - at_most(k - 1, middle, budget) <= level * share
+            low, high = (middle, high) if rare else (low, middle)
+        if low >= k:
+            found.append((k, low))
+    return tuple(found)
+
+
+def quick(failures: int, started: int, budget: float, level: float) -> tuple[int, int] | None:
+    """The pair of `quick_limits` that is met: its indicator ÷ level is an e-value."""
+    if not _counts(failures, started) or failures < 2:
+        return None
+    for k, n in quick_limits(budget, level):
+        if failures >= k and started <= n:
+            return k, n
+    return None
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ It does not decide which message belongs to whom (`ledger`), nor what follows (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,18 @@ import numpy as np
 import numpy.typing as npt
 
 from telemetry.evidence.levels import Sums
-from telemetry.evidence.observations import ArmSeen, ArmSums, ArmTotals, BandSums, FirstEvents
-from telemetry.evidence.risk_sets import Firsts
-from telemetry.policy import Engine, Gate
+from telemetry.evidence.observations import (
+    ArmSeen,
+    ArmSums,
+    ArmTotals,
+    BandSums,
+    FirstEvents,
+    MetricSeen,
+    Observations,
+)
+from telemetry.evidence.risk_sets import NEVER, Firsts
+from telemetry.evidence.shocks import LEVEL_PRIOR, RATE_PRIOR, Shocks
+from telemetry.policy import Engine, Gate, GateType
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -54,11 +63,15 @@ class Tally:
         self._stratum = np.zeros(64, dtype=np.int64)
         self._exposed = np.zeros(64, dtype=np.bool_)
         self._seen = np.zeros(64, dtype=np.int64)  # ticks in which the unit reported
+        self._since = np.full(64, NEVER, dtype=np.int64)  # its first tick
+        self.late_ticks = NEVER  # after so many its votes are also counted by themselves
         self._now: dict[str, Floats] = {}
         self._past: dict[str, Floats] = {}
         self._present: npt.NDArray[np.bool_] = np.zeros((64, 64), dtype=np.bool_)
         self._start: int | None = None  # the tick of the first column
         self._firsts = {metric: Firsts(engine) for metric in self._metrics}
+        self._shocks = {name: Shocks() for name in (*self._metrics, *self._level_names)}
+        self._units = {gate.metric: gate.unit for gate in counted}
 
     # -- who counts --------------------------------------------------------------------------------
 
@@ -72,6 +85,11 @@ class Tally:
         self._stratum[unit] = self._strata.setdefault(key, len(self._strata))
         self._exposed[unit] = exposed
         return unit
+
+    def enrol_all(self, wave: int, hardware: Sequence[str], band: int, exposed: bool) -> Ints:
+        """The numbers of new units of one wave, one for each entry of `hardware`."""
+        units = [self.enrol(wave, kind, band, exposed) for kind in hardware]
+        return np.array(units, dtype=np.int64)
 
     def now(self, name: str) -> Floats:
         return self._column(self._now, name)
@@ -94,13 +112,39 @@ class Tally:
             self._add(self.now(f"sum {name}"), rollup.unit, sign * total)
         if sign > 0:
             self._appear(rollup.unit, rollup.tick)
+        self._befall(rollup)
         for name, count in rollup.counts.items():
             some = np.flatnonzero(count > 0)
+            late = rollup.tick - self._since[rollup.unit] >= self.late_ticks
+            if late.any():
+                self._add_late(name, rollup, count, late)
             if some.size:
                 unit, number = rollup.unit[some], count[some]
                 self._add(self.now(f"events {name}"), unit, sign * number)
                 self._add(self.now(f"eventful {name}"), unit, np.full(some.size, float(sign)))
                 self._happen(name, unit, rollup.tick[some], sign * number)
+
+    def _add_late(
+        self, name: str, rollup: Rollup, count: Ints, late: npt.NDArray[np.bool_]
+    ) -> None:
+        unit, sign = rollup.unit[late], rollup.sign
+        exposure = self._exposure_of(name, rollup)[late]
+        self._add(self.now(f"late hours {name}"), unit, sign * exposure)
+        self._add(self.now(f"late events {name}"), unit, sign * count[late])
+        self._add(self.now(f"late eventful {name}"), unit, sign * (count[late] > 0))
+
+    def _exposure_of(self, name: str, rollup: Rollup) -> Floats:
+        unit = self._units[name]
+        return rollup.hours if unit == "device_hour" else rollup.exposure[unit]
+
+    def _befall(self, rollup: Rollup) -> None:
+        column, sign = rollup.tick - (self._start or 0), rollup.sign
+        for name, (n, total) in rollup.levels.items():
+            self._shocks[name].add(column, (sign * n, sign * total))
+        for name, count in rollup.counts.items():
+            hours = self._exposure_of(name, rollup)
+            eventful = (count > 0).astype(np.float64)
+            self._shocks[name].add(column, (sign * hours, sign * count, sign * eventful))
 
     def absent(self, unit: int, tick: int) -> None:
         """Nothing of this unit is left in this tick: it was not at risk then."""
@@ -111,6 +155,8 @@ class Tally:
         self._seen[unit] -= 1
         for firsts in self._firsts.values():
             firsts.leave(unit, column, int(self._stratum[unit]), bool(self._exposed[unit]))
+        for shocks in self._shocks.values():
+            shocks.late(np.array([unit]), np.array([column]), -1)
 
     def _appear(self, unit: Ints, tick: Ints) -> None:
         self._reach(int(tick.min()), int(tick.max()))
@@ -123,8 +169,11 @@ class Tally:
         unit, column = pairs // width, pairs % width
         self._present[unit, column] = True
         np.add.at(self._seen, unit, 1)
+        np.minimum.at(self._since, unit, column + (self._start or 0))
         for firsts in self._firsts.values():
             firsts.appear(unit, column, self._stratum[unit], self._exposed[unit])
+        for shocks in self._shocks.values():
+            shocks.late(unit, column, 1)
 
     def _happen(self, name: str, units: Ints, ticks: Ints, numbers: Ints) -> None:
         start, firsts = self._start or 0, self._firsts[name]
@@ -165,14 +214,34 @@ class Tally:
                 )
         return tuple(found)
 
-    def repeats(self, gate: Gate) -> tuple[ArmSums, ...]:
-        """K3r: capped events against what the unit's own past makes expect."""
+    def repeats(self, gate: Gate) -> tuple[tuple[ArmSums, ...], tuple[ArmSums, ...]]:
+        """K3r: capped events against what the unit's own past makes expect; all, and the late ones.
+
+        Late: from `late_ticks` after the unit's first report on. A fault that comes with time is
+        not diluted by the quiet hours before it.
+        """
         n = self.units
         what = self._vote_name(gate)
         hours, expected = self._expected(gate, what)
-        events = np.maximum(self.now(what)[:n], 0.0)
-        capped = np.minimum(events, self._cap(expected))
-        return self._sums(capped, expected, hours > 0)
+        usual, counted = self._usual(gate, what), 2 if what.startswith("eventful") else 1
+
+        def common(tick: Floats, here: npt.NDArray[np.bool_]) -> float:
+            return float((tick[counted] + RATE_PRIOR) / (tick[0] * usual + RATE_PRIOR))
+
+        whole, later = self._common(gate.metric, common)
+        per_hour = np.divide(expected, hours, out=np.zeros(n), where=hours > 0)
+        late_hours = np.maximum(self.now(f"late hours {gate.metric}")[:n], 0.0)
+        late = self.now(f"late {what}")[:n]
+        return (
+            self._capped(self.now(what)[:n], expected * whole, hours > 0),
+            self._capped(late, late_hours * per_hour * later, late_hours > 0),
+        )
+
+    def _capped(
+        self, events: Floats, expected: Floats, use: npt.NDArray[np.bool_]
+    ) -> tuple[ArmSums, ...]:
+        capped = np.minimum(np.maximum(events, 0.0), self._cap(expected))
+        return self._sums(capped, expected, use & (expected > 0))
 
     def bands(self, gate: Gate) -> tuple[BandSums, ...]:
         """Capped events and exposure of each stratum of the draw, for the fleet-level number."""
@@ -214,7 +283,16 @@ class Tally:
         usual = np.divide(
             _by(cell, x * known, cells), with_past, out=np.zeros(cells), where=with_past > 0
         )
-        return self._sums(y, np.where(known, x, usual[cell]), use)
+        own = np.where(known, x, usual[cell])
+
+        def common(tick: Floats, here: npt.NDArray[np.bool_]) -> float:
+            units = int(here.sum())
+            if units == 0 or tick[0] <= 0:
+                return 0.0
+            usually = float(own[here].mean())
+            return float((tick[1] / tick[0] - usually) * units / (units + LEVEL_PRIOR))
+
+        return self._sums(y - self._common(gate.metric, common)[0], own, use)
 
     def totals(self, gate: Gate) -> tuple[ArmTotals, ...]:
         n, firsts = self.units, self._firsts[gate.metric]
@@ -292,6 +370,13 @@ class Tally:
         sparse = many <= self._engine.sparse_share * of
         return f"{'eventful' if sparse else 'events'} {metric}"
 
+    def _common(
+        self, metric: str, part: Callable[[Floats, npt.NDArray[np.bool_]], float]
+    ) -> tuple[Floats, Floats]:
+        since = np.minimum(self._since[: self.units], NEVER // 4) - (self._start or 0)
+        late_from = since + min(self.late_ticks, NEVER // 4)
+        return self._shocks[metric].of(self._present, late_from, part)
+
     def _usual(self, gate: Gate, what: str) -> float:
         """The fleet's own rate: the enrolled units' past, else the controls' present."""
         n = self.units
@@ -366,6 +451,7 @@ class Tally:
         more = max(size, units - size)
         for name in ("_cell", "_stratum", "_exposed", "_seen"):
             setattr(self, name, np.pad(getattr(self, name), (0, more)))
+        self._since = np.pad(self._since, (0, more), constant_values=NEVER)
         self._present = np.pad(self._present, ((0, more), (0, 0)))
 
     def _reach(self, first: int, last: int) -> None:
@@ -381,6 +467,30 @@ class Tally:
             self._start -= before
             for firsts in self._firsts.values():
                 firsts.shift(before)
+            for shocks in self._shocks.values():
+                shocks.shift(before)
+
+
+def observe(
+    tally: Tally, counted: Sequence[Gate], levels: Sequence[Gate], logged: Collection[str] = ()
+) -> Observations:
+    """What the gate judges, as it stands."""
+    metrics: dict[str, MetricSeen] = {}
+    for gate in counted:
+        repeats, late = tally.repeats(gate) if gate.type is GateType.RATE else ((), ())
+        metrics[gate.metric] = MetricSeen(
+            metric=gate.metric,
+            firsts=tally.first_events(gate.metric),
+            repeats=repeats,
+            late=late,
+            totals=tally.totals(gate),
+            bands=tally.bands(gate) if gate.type is GateType.RATE else (),
+        )
+    for gate in levels:
+        metrics[gate.metric] = MetricSeen(
+            metric=gate.metric, levels=tally.levels(gate), logged=gate.metric in logged
+        )
+    return Observations(arms=tally.arms(), metrics=metrics)
 
 
 def _by(slot: Ints, votes: npt.NDArray[Any], slots: int) -> Floats:

@@ -57,7 +57,8 @@ def simulated(n1: int, n0: int, rise: float, runs: int, seed: int) -> tuple[floa
             first = float((prior * np.exp(ell - ell[60])).sum())
             repeat = _repeat(total, expected_h * hour, arms)
             # The others: K1 twice without a failure, silence without a word.
-            if weight * (first + repeat) / 2 + (1 - weight) * 0.6 >= 20:
+            # Nobody is enrolled for long here: that part of the evidence stays at 1.
+            if weight * (0.2 * first + 0.6 * repeat + 0.2) + (1 - weight) * 0.6 >= 20:
                 hit24 += hour <= 24
                 hit48 += 1
                 break
@@ -70,11 +71,20 @@ def _repeat(total: np.ndarray, expected: np.ndarray, arms: np.ndarray) -> float:
     x = [expected[arms == a] for a in (0, 1)]
     if min(o[0].sum(), o[1].sum()) < 10:
         return 1.0
-    rates = [o[a].sum() / x[a].sum() for a in (0, 1)]
-    variance = sum(((o[a] - rates[a] * x[a]) ** 2).sum() / o[a].sum() ** 2 for a in (0, 1))
-    delta = math.log(rates[1] / rates[0])
+    many = [float(o[a].sum()) for a in (0, 1)]
+    scatter = [float(((o[a] - many[a] / x[a].sum() * x[a]) ** 2).sum()) for a in (0, 1)]
+    usual = max(1.0, sum(scatter) / sum(many))
+    parts = [max(scatter[a], usual * many[a]) / many[a] ** 2 for a in (0, 1)]
+    free = [len(o[a]) - 1 if scatter[a] > usual * many[a] else 1e4 for a in (0, 1)]
+    variance = sum(parts)
+    df = variance**2 / sum(parts[a] ** 2 / free[a] for a in (0, 1))
+    share = x[1].sum() / (x[0].sum() + x[1].sum())
+    due = [sum(many) * (1 - share), sum(many) * share]
+    deviance = 2 * sum(many[a] * math.log(many[a] / due[a]) for a in (0, 1))
+    root = math.copysign(math.sqrt(max(deviance, 0)), many[1] - due[1])
+    t = root / math.sqrt(variance / (1 / many[0] + 1 / many[1]))
     sigma = math.sqrt(variance)
-    z = float(stats.norm.isf(stats.t.sf(delta / sigma, len(arms) - 3)))
+    z = float(stats.norm.isf(stats.t.sf(t, df)))
     s, i, tau = z / sigma, 1 / variance, math.log(2)
     u = tau * s / math.sqrt(1 + tau**2 * i)
     return float(2 / math.sqrt(1 + tau**2 * i) * math.exp(u * u / 2) * stats.norm.cdf(u))
