@@ -140,7 +140,7 @@ class Engine:
     """Every number of the decision engine (docs: decisions)."""
 
     # of a guardrail's evidence: all hardware together; the rest: each by itself
-    pooled_share: float = 0.5  # shares of devices: one bricked hardware is the usual fault
+    pooled_share: float = 0.6  # shares of devices: one bricked hardware is the usual fault
     pooled_rate: float = 0.8  # rates and levels
     alpha: float = 0.05  # P(ever rolling back a harmless release) ≤ alpha
     beta: float = 0.10  # P(widening a wave whose harm reaches the margin) ≤ beta

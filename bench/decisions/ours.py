@@ -29,7 +29,7 @@ POLICY = Policy(
     engine=Engine(
         failed_margins=(0.08, 0.04, 0.01),
         ratio_margins=(4.0, 2.0, 1.3),
-        weights=Weights(outcome=0.15, lost=0.08, silence=0.07, events=0.5, levels=0.2),
+        weights=Weights(outcome=0.20, lost=0.08, silence=0.05, events=0.47, levels=0.2),
     ),
 )
 CONTROLS = 20

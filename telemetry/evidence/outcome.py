@@ -16,7 +16,7 @@ from telemetry.evidence.curves import Array
 from telemetry.policy import Engine
 
 # Which count of early failures spends how much: most faults of a wave of 100 show by the third.
-_QUICK = ((2, 0.2), (3, 0.4), (4, 0.2), (5, 0.1), (6, 0.1))
+_QUICK = ((2, 0.2), (3, 0.5), (4, 0.15), (5, 0.1), (6, 0.05))
 
 
 def curve(engine: Engine, failures: float, started: float) -> Array:
