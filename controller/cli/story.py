@@ -97,7 +97,7 @@ class Story:
         self._files = manifests
         self.repository.commit({"README.md": "The demo's fleet.\n"}, "Begin the fleet's repository")
         self.children.start("serve", "serve", *words)
-        self._wait(self.api.ready, 90.0, "the service does not get ready")
+        self._wait(self.api.ready, 180.0, "the service does not get ready")
 
     def baseline(self) -> None:
         """10.1.0 is in every car, and a month of driving is on record."""
