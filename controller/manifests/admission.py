@@ -242,7 +242,6 @@ class _Rules:
                 ("installer", release.installer != "slots"),
                 ("sbom", release.sbom is not None),
                 ("metrics", any(revision != 1 for revision in release.metrics.values())),
-                ("rollback.to", bool(release.rollback.to)),
             ]
             yield from self._notices("Release", release.name, fields)
         for rollout in self._all.rollouts.values():

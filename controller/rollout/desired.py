@@ -8,7 +8,8 @@ Pure. Rules, in order, for each component (the first that speaks wins):
    Where the memory of what it was told is lost, what it runs is its base: a baseline moves nobody.
 3. A rollout whose member it is (told, not left) replaces the base for the components it changes.
 4. A digest that a hold rejects is replaced by the hold's destination: `stay` keeps what runs,
-   `previous` is what this device itself committed before, else the proven release.
+   `previous` is what this device itself committed before, else the proven release; never a version
+   that the rejected release does not let its devices go back to (`rollback.to`).
 5. Rolling back X rolls back what requires X; where that cannot be, the device stays and says why.
 6. A stop lets nothing new start: components that are not running yet fall back to what runs.
 
@@ -18,7 +19,7 @@ the device's own safety.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -255,24 +256,41 @@ def _destination(
     now: float,
 ) -> Told | None:
     running = place.running.get(component)
-    if hold.to == "stay":
-        if running is not None and running.digest == digest:
-            return Told(release=running.release, digest=digest, at=now, rollout=None)
-    elif hold.to != "previous":
-        release = catalog.releases.get(hold.to)
-        artifact = release.components.get(component) if release else None
-        if release is not None and artifact is not None and artifact.digest not in tried:
-            return Told(release=release.name, digest=artifact.digest, at=now, rollout=None)
+    if hold.to == "stay" and running is not None and running.digest == digest:
+        return Told(release=running.release, digest=digest, at=now, rollout=None)
+    left = catalog.owner(component, digest, hold.release)
+    for told in _ways_back(place, component, hold, catalog, now):
+        if told.digest not in tried and _takes_back(left, component, told, catalog):
+            return told
+    return None
+
+
+def _ways_back(
+    place: Place, component: str, hold: ActiveHold, catalog: Catalog, now: float
+) -> Iterator[Told]:
+    """Where this device could go, the best first."""
+    release = catalog.releases.get(hold.to)
+    artifact = release.components.get(component) if release else None
+    if release is not None and artifact is not None:
+        yield Told(release=release.name, digest=artifact.digest, at=now, rollout=None)
     member = place.past.get(hold.rollout)
     own = (member.previous or {}).get(component) if member else None
-    if own and own["digest"] not in tried:
-        return Told(release=own["release"], digest=own["digest"], at=now, rollout=None)
-    if running is not None and running.digest not in tried and running.committed:
-        return Told(release=running.release, digest=running.digest, at=now, rollout=None)
+    if own:
+        yield Told(release=own["release"], digest=own["digest"], at=now, rollout=None)
+    running = place.running.get(component)
+    if running is not None and running.committed:
+        yield Told(release=running.release, digest=running.digest, at=now, rollout=None)
     proven = place.proven.get(component)
-    if proven is not None and proven.digest not in tried:
-        return Told(release=proven.release, digest=proven.digest, at=now, rollout=None)
-    return None
+    if proven is not None:
+        yield Told(release=proven.release, digest=proven.digest, at=now, rollout=None)
+
+
+def _takes_back(left: Release | None, component: str, told: Told, catalog: Catalog) -> bool:
+    """Does the release that is left allow its devices to go to that version? (`rollback.to`)"""
+    if left is None or not left.rollback.to:
+        return True
+    version = catalog.version(component, told.digest)
+    return version is not None and any(in_range(version, spec) for spec in left.rollback.to)
 
 
 def _by_stops(place: Place, component: str, wanted: Told | None, now: float) -> Told | None:

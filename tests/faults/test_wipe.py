@@ -1,0 +1,113 @@
+"""The control database is deleted under real agents; the service starts again without it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.cli import stage
+from controller.cli.story import Story, Wish
+
+from .conftest import eventually
+
+pytestmark = [pytest.mark.story, pytest.mark.timeout(500), pytest.mark.xdist_group("story")]
+
+PATIENCE = 120.0
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Iterator[Story]:
+    made = Story(Wish(devices=30, seed=21), tmp_path, tell=lambda _words: None)
+    yield made
+    made.children.stop()
+
+
+def bellwether(story: Story, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "controller.cli", *words],
+        env={**os.environ, "BELLWETHER_SERVER": story.server},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rollouts(story: Story) -> list[dict[str, Any]]:
+    return list(story.api.get("/rollouts")["items"])
+
+
+def devices(story: Story) -> dict[str, tuple[str, str, int]]:
+    """id → (fleet, what it runs, how often it was switched)."""
+    return {
+        d["id"]: (d["fleet"], d["components"]["autopilot"]["release"], len(d["history"]))
+        for d in story.api.every("/devices")
+        if d["components"]
+    }
+
+
+def kill_all(story: Story) -> None:
+    pids = [pid for name, pid in story.children.pids().items() if name.startswith("serve")]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    story.children.running["serve"].wait()
+
+
+def test_a_wiped_control_database_changes_no_device_and_waits_for_a_person(story: Story) -> None:
+    story.set_up()
+    story.baseline()
+    story._release("10.2.0", "to be held")
+    eventually(lambda: rollouts(story), PATIENCE, "10.2.0 opens")
+    name = rollouts(story)[0]["name"]
+    bellwether(story, "rollback", name, "--reason", "a test")
+    eventually(lambda: story.repository.holds(), PATIENCE, "the hold is in Git")
+    eventually(lambda: story._counts() == {"10.1.0": 30}, PATIENCE, "all are back")
+    story._release("10.2.1", "the next one")
+    eventually(lambda: story._counts().get("10.2.1", 0) >= 3, PATIENCE, "its canary runs it")
+    bellwether(story, "pause", name)
+    time.sleep(3)  # what was told before the pause arrives
+    before = devices(story)
+
+    kill_all(story)
+    state = story.root / "state"
+    for file in state.glob("control.db*"):
+        file.unlink()
+    story.children.check()  # starts it again
+
+    eventually(story.api.ready, PATIENCE, "the service is up")
+    eventually(lambda: rollouts(story), PATIENCE, "the unfinished rollout opens")
+    eventually(lambda: len(devices(story)) == 30, PATIENCE, "the registry is back")
+    eventually(
+        lambda: all(d["online"] for d in story.api.every("/devices")), PATIENCE, "all are back"
+    )
+    (seen,) = rollouts(story)
+    assert (seen["release"], seen["state"]) == ("fsd-10.2.1", "Paused")
+    until = time.monotonic() + 8
+    while time.monotonic() < until:
+        assert devices(story) == before  # the same fleets, releases and number of switches
+        time.sleep(0.5)
+
+    # The held digest stays held, and the next person's word is obeyed.
+    bellwether(story, "resume", name, "--reason", "it is right")
+    eventually(lambda: story._counts() == {"10.2.1": 30}, 2 * PATIENCE, "10.2.1 completes")
+    story.repository.commit(
+        {"rollout.yaml": stage.rollout_text(story.size, "10.2.0")}, "Try the held one again"
+    )
+    eventually(
+        lambda: "rejected by hold" in str(story.api.get("/fleets")), PATIENCE, "it says why not"
+    )
+    assert story._counts() == {"10.2.1": 30}
+    doctor = subprocess.run(
+        [sys.executable, "-m", "controller.cli", "doctor", "--state-dir", str(state)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
