@@ -130,7 +130,9 @@ def _your_turn(story: Story) -> None:
     story.tell(
         f"""
 Your turn. Everything stays up until Ctrl-C.
-  page      {story.server}/
+  dashboard {story.server}/
+  rollout   {story.server}/rollouts/model-3-autopilot
+  on call   {story.server}/oncall
   watch     BELLWETHER_SERVER={story.server} .venv/bin/bellwether status --watch
   explain   BELLWETHER_SERVER={story.server} .venv/bin/bellwether explain model-3-autopilot
   cars      BELLWETHER_SERVER={story.server} .venv/bin/bellwether device list

@@ -12,13 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 FRESH = 60.0  # seconds
 PATIENCE = 0.15
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    value: Any
+    value: Any  # None: it could not be measured, the log says why
     at: float
 
 
@@ -41,13 +44,15 @@ class Measured:
                 future = self._running[key] = self._worker.submit(self._run, key, measure)
         if known is None:
             wait([future], PATIENCE)
-            if future.done():
-                future.result()  # raises what the measurement raised
         with self._lock:
             return self._results.get(key)
 
     def _run(self, key: Hashable, measure: Callable[[], Any]) -> None:
-        result = Result(measure(), self._clock())
+        try:
+            result = Result(measure(), self._clock())
+        except Exception:  # the outermost turn of this worker: logged, and tried again
+            log.exception("measured", key=str(key))
+            result = Result(None, self._clock())
         with self._lock:
             self._results[key] = result
             while len(self._results) > 64:

@@ -120,7 +120,8 @@ def board(page: Page, days: Annotated[int, Query(ge=1, le=3650)] = 90) -> Respon
         "days": days,
         "periods": PERIODS,
         "rollouts": len(rows),
-        "initiatives": None if result is None else initiatives(result.value["items"]),
+        "coming": result is None,
+        "initiatives": initiatives(result.value["items"]) if result and result.value else None,
         "measured_at": None if result is None else views.when(result.at),
         "title": "Board",
     }
