@@ -177,26 +177,21 @@ class Look:
 
     def elsewhere(self, device: str, hold: Row, component: str) -> bool:
         """Is there another set that this device could run instead of the rejected one?"""
-        rejected = set(hold["artifacts"])
         if hold["to"] not in ("previous", "stay"):
             return True
+        fleet = hold["fleet"]
+        held = {d for one in self.in_force if one["fleet"] == fleet for d in one["artifacts"]}
         for member in self.tables.members:
             own = (member["previous"] or {}).get(component)
-            if member["device"] == device and own and own["digest"] not in rejected:
+            if member["device"] == device and own and own["digest"] not in held:
                 return True
         row = self.devices.get(device)
         kinds = {"", (row["labels"] or {}).get("hardware", "")} if row else {""}
-        others = {
-            digest
-            for other in self.in_force
-            if other["fleet"] == hold["fleet"]
-            for digest in other["artifacts"]
-        }
         return any(
-            one["fleet"] == hold["fleet"]
+            one["fleet"] == fleet
             and one["component"] == component
             and one["hardware"] in kinds
-            and one["digest"] not in rejected | others
+            and one["digest"] not in held
             for one in self.tables.proven
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -116,8 +116,13 @@ class Loop:
         except BaseException:
             self._loaded = False  # the database is the truth: read it again
             raise
-        self._outbox.publish(forward=self._asked)
+        self._outbox.publish(frozenset(self._composed_under()), forward=self._asked)
         return taken
+
+    def _composed_under(self) -> Iterator[str]:
+        """Ids of the holds and stops that this turn knew."""
+        yield from (hold.id for hold in self._holds)
+        yield from (stop.id for stop in self._stops)
 
     # -- observe ----------------------------------------------------------------------------------
 
@@ -153,6 +158,7 @@ class Loop:
         self._rejected: frozenset[str] = frozenset()
         self._head: Head | None = None
         self._notices: dict[str, str] = {}
+        self._again: dict[str, float] = {}  # device → when its order is issued once more
         self._noted: dict[str, str] = {}  # as the database has them
         self._evidence = Evidence(self._ports.reader)
         self._blind = True  # until telemetry was read
@@ -173,10 +179,7 @@ class Loop:
             holds, rejected = store.load_holds(conn)
             stops = store.load_stops(conn)
             rules, granted = approval_rows.load_rules(conn), approval_rows.load_granted(conn)
-            for rollout, revision in store.revisions(conn).items():
-                known = self._rollouts.get(rollout)
-                if known is not None and known.revision != revision:
-                    self._rollouts[rollout] = replace(known, revision=revision)
+            self._revise(store.revisions(conn))
         dirty = {device.id for device in changed}
         self._devices |= {device.id: device for device in changed}
         people = holds != self._holds or stops != self._stops
@@ -206,7 +209,20 @@ class Loop:
         if waited:
             dirty |= {d.id for d in self._devices.values() if d.fleet in waited}
         self._observed = now
-        return dirty
+        return dirty | self._due(now)
+
+    def _revise(self, revisions: Mapping[str, int]) -> None:
+        """The API raises the revision of a rollout when it records a command."""
+        for rollout, revision in revisions.items():
+            known = self._rollouts.get(rollout)
+            if known is not None and known.revision != revision:
+                self._rollouts[rollout] = replace(known, revision=revision)
+
+    def _due(self, now: float) -> set[str]:
+        """Devices whose order is issued once more."""
+        due = {name for name, at in self._again.items() if at <= now}
+        self._again = {name: at for name, at in self._again.items() if name not in due}
+        return due
 
     def _listen(self, now: float) -> tuple[set[str], list[str]]:
         """Take in telemetry: (devices that said something new, those that were only heard).
@@ -641,7 +657,7 @@ class Loop:
         if target is None:
             return None
         running = row.components if row else {}
-        again = place.foreign or _stale(last, row, now)
+        again = place.foreign or self._stale(last, row, now)
         if not (again or desired.differs(target, last, running)):
             return None
         if last is None and row is None:
@@ -649,6 +665,15 @@ class Loop:
         if not self._may_go(place, target):
             return None
         return build(self._issuer, device, target, self._catalog, last, row, now)
+
+    def _stale(self, last: Order | None, row: DeviceRow | None, now: float) -> bool:
+        """Must the same order go out again, under a new generation? If not yet, it is noted when."""
+        if last is None or not _asks_again(last, row):
+            return False
+        if now > last.at + AGAIN:
+            return True
+        self._again[last.device] = last.at + AGAIN + 1
+        return False
 
     def _may_go(self, place: desired.Place, target: desired.Target) -> bool:
         """Going back always; forward, or by a lost memory, only with Git and telemetry at hand."""
@@ -719,16 +744,10 @@ def _is_stop(action: Action) -> bool:
     return isinstance(action, Reject)
 
 
-def _stale(last: Order | None, row: DeviceRow | None, now: float) -> bool:
-    """Must the same order go out again, under a new generation?"""
-    if last is None or row is None:
+def _asks_again(last: Order | None, row: DeviceRow | None) -> bool:
+    """Does it wait for a lease, or could it not go back for want of a download or a disk?"""
+    if last is None or row is None or row.generation != last.generation:
         return False
-    if now - last.at <= AGAIN or row.generation != last.generation:
-        return False
-    waits_for_lease = Reason.LEASE_EXPIRED in row.blocked_by and last.kind == Kind.INSTALL
-    return waits_for_lease or _way_back_failed(last, row)
-
-
-def _way_back_failed(last: Order, row: DeviceRow) -> bool:
-    """Could the device not go back, for want of a download or a disk? It is asked again."""
-    return row.state is State.FAILED and last.kind == Kind.ROLLBACK
+    if last.kind == Kind.INSTALL:
+        return Reason.LEASE_EXPIRED in row.blocked_by
+    return last.kind == Kind.ROLLBACK and row.state is State.FAILED

@@ -135,12 +135,18 @@ class Outbox:
         self._broker = broker
         self._batch = batch
 
-    def publish(self, *, forward: bool = True) -> int:
-        """Send all that waits (without `forward`: what leads back); how many the broker took."""
+    def publish(self, known: frozenset[str] | None = None, *, forward: bool = True) -> int:
+        """Send all that waits (without `forward`: what leads back); how many the broker took.
+
+        `known`: the holds and stops (ids) that these orders were composed under. When another one
+        has come since, nothing more leaves: the loop, woken by it, composes anew first.
+        """
         sent = 0
         while True:
             with reading(self._engine) as conn:
                 waiting = store.unpublished(conn, self._batch, forward=forward)
+                if waiting and known is not None and not store.in_force(conn) <= known:
+                    return sent
                 if waiting and self._term is not None:
                     store.check(conn, self._term)
             if not waiting:

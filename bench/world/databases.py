@@ -38,6 +38,7 @@ class Databases:
         root.mkdir(parents=True, exist_ok=True)
         self.root = root
         self.points = Points()
+        self.locked = False  # somebody is in the middle of writing to the control database
         self.control = self._open("control")
         self.telemetry = Store(self._open("telemetry"))
         self._save("template")
@@ -73,9 +74,21 @@ class Databases:
             create_schema(engine)
         engine.dispose()
         event.listen(engine, "connect", _no_sync)
-        event.listen(engine, "begin", lambda _: self.points.reach(f"{name}.begin"), insert=True)
+        event.listen(engine, "engine_connect", lambda _: self.points.reach(f"{name}.begin"))
         event.listen(engine, "commit", lambda _: self.points.reach(f"{name}.commit"))
+        if name == "control":
+            event.listen(engine, "begin", self._locks)
+            event.listen(engine, "commit", self._unlocks)
+            event.listen(engine, "rollback", self._unlocks)
         return engine
+
+    def _locks(self, connection: Any) -> None:
+        if not connection.get_execution_options().get("bellwether_reading"):
+            self.locked = True
+
+    def _unlocks(self, connection: Any) -> None:
+        if not connection.get_execution_options().get("bellwether_reading"):
+            self.locked = False
 
     def _save(self, label: str) -> None:
         self._copy("now", label, NAMES)

@@ -160,6 +160,13 @@ class Script:
     def roll_back(self) -> None:
         self.world.ask("rollback")
 
+    def break_in(self) -> None:
+        """A person acts while the controller is in the middle of its turn."""
+        kind = self.chance.choice(("rollback", "rollback", "hold", "pause"))
+        if self.chance.random() < 0.6:  # the turn that follows a commit tells many devices
+            self.new_release()
+        self.world.interrupt(lambda: self.world.ask(kind))
+
     def hold(self) -> None:
         self.world.ask("hold")
 
@@ -276,6 +283,7 @@ _CAST: tuple[tuple[Deed, float], ...] = (
     (Script.hold_file, 1.5),
     (Script.break_manifest, 1.0),
     (Script.roll_back, 4.0),
+    (Script.break_in, 3.0),
     (Script.hold, 1.5),
     (Script.lift, 1.5),
     (Script.pause, 1.0),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from random import Random
 from typing import Any
 
@@ -59,6 +60,8 @@ class World:
         self.deaf: list[tuple[float, float]] = []  # when the service could not hear its devices
         self._deaf_since: float | None = None
         self._change = 0
+        self._pending: deque[Callable[[], object]] = deque()
+        self._chance_between = self.chance("between")
 
     # -- chance, time, words ----------------------------------------------------------------------
 
@@ -137,6 +140,24 @@ class World:
         done = self.people.ask(kind, rollout, body)
         self.heap.after(0.0, self.turn)
         return done
+
+    def interrupt(self, deed: Callable[[], object]) -> None:
+        """Do it in the middle of the controller's next turn, between two of its port calls."""
+        self._pending.append(deed)
+        self.points.between = self._between
+
+    def _between(self, where: str) -> None:
+        controller = self.points.who.startswith("controller")
+        if not self._pending or not controller or self.databases.locked:
+            return
+        if where not in ("control.begin", "published"):  # what is on the wire has left
+            return
+        if self._chance_between.random() < 0.7:
+            return
+        deed, self.points.between = self._pending.popleft(), None
+        with self.points.by(""):
+            deed()
+        self.points.between = self._between
 
     # -- faults of the service --------------------------------------------------------------------
 

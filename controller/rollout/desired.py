@@ -101,7 +101,14 @@ def compose(place: Place, catalog: Catalog, now: float) -> Target | None:
         base = _base(place, component, catalog, now)
         base, attempt, returning = _by_rollout(place, component, base, now)
         after, went_back, hold = _by_holds(place, component, base, catalog, now)
-        after = _by_stops(place, component, after, now)
+        if after is None and (running := _not_started(place, component, base)) is not None:
+            # There is no other set: what it was told and has not started must not start.
+            after = Told(release=running.release, digest=running.digest, at=now, rollout=None)
+            went_back = True
+        kept = _by_stops(place, component, after, now)
+        if kept != after:  # what runs may be rejected itself: a stop keeps nobody on it
+            after, more, spoke = _by_holds(place, component, kept, catalog, now)
+            went_back, hold = went_back or more, spoke or hold
         if after is None:
             continue
         if hold is not None:
@@ -234,6 +241,14 @@ def _by_holds(
     if running is None or base is None or spoke is None:
         return base, back, spoke
     return base, back or running.digest in spoke.artifacts, spoke
+
+
+def _not_started(place: Place, component: str, base: Told | None) -> ComponentReport | None:
+    """What runs instead of `base`; None when base runs already, or nothing does."""
+    running = place.running.get(component)
+    if running is None or base is None or running.digest == base.digest:
+        return None
+    return running
 
 
 def _rejecting(

@@ -147,6 +147,13 @@ def load_stops(conn: Connection) -> list[ActiveStop]:
     ]
 
 
+def in_force(conn: Connection) -> frozenset[str]:
+    """Ids of the holds and stops in force now."""
+    held = conn.execute(select(holds.c.id).where(holds.c.lifted_at.is_(None)))
+    stopped = conn.execute(select(stops.c.id).where(stops.c.lifted_at.is_(None)))
+    return frozenset(row.id for row in (*held, *stopped))
+
+
 def load_commands(conn: Connection) -> list[Command]:
     """Recorded and not yet done, in their order: pause before resume before promote at one time."""
     rows = conn.execute(
