@@ -667,7 +667,7 @@ class Loop:
         return build(self._issuer, device, target, self._catalog, last, row, now)
 
     def _stale(self, last: Order | None, row: DeviceRow | None, now: float) -> bool:
-        """Must the same order go out again, under a new generation? If not yet, it is noted when."""
+        """Must the same order go out again, under a new generation? Not yet: noted."""
         if last is None or not _asks_again(last, row):
             return False
         if now > last.at + AGAIN:
