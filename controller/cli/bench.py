@@ -78,7 +78,10 @@ def bench(
         devices=devices,
         jobs=jobs,
     )
-    rows = importlib.import_module(f"bench.{name}").run(options)
+    try:
+        rows = importlib.import_module(f"bench.{name}").run(options)
+    except ValueError as error:  # an option or a file that the benchmark cannot use
+        raise Failed(str(error), code=2) from error
     result = report.document(name, options, rows)
     if output is Output.JSON:
         show.as_json(result)
