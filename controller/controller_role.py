@@ -156,7 +156,7 @@ def _lead(
         turns = _Turns(loop, engine, publisher, lease, term)
         while not stopping.is_set():
             turns.one(stopping)
-            if bell.wait(settings.tick_interval):
+            if bell.wait(0.0 if loop.behind else settings.tick_interval):
                 watch.wake()
 
 

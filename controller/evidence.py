@@ -30,7 +30,7 @@ class Evidence:
         self._rollouts[rollout.id] = rollout
         for member in members:
             self.member(rollout.id, None, member)
-        self._catch_up(rollout.id, 0)
+        self._catch_up(rollout.id, 0, None, self.watermark)
 
     def close(self, rollout: str) -> None:
         for table in (self._ledgers, self._read_to, self._rollouts):
@@ -55,21 +55,31 @@ class Evidence:
             return
         ledger.enrol(self._enrolment(rollout, after))
 
-    def read(self) -> None:
-        """Take in the batches that were committed since the last time."""
-        self.watermark = self._reader.watermark()
+    def read(self, most: int | None = None) -> bool:
+        """Take in what was committed since the last time; about `most` messages of each rollout.
+
+        Answers whether all was read; the watermark is as far as every ledger has read.
+        """
+        newest = self._reader.watermark()
         for rollout, read_to in list(self._read_to.items()):
-            if read_to < self.watermark:
-                self._catch_up(rollout, read_to)
+            if read_to < newest:
+                self._catch_up(rollout, read_to, most, newest)
+        self.watermark = min(self._read_to.values(), default=newest)
+        return self.watermark >= newest
 
     def observations(self) -> Mapping[str, Observations]:
         return {rollout: ledger.snapshot() for rollout, ledger in self._ledgers.items()}
 
-    def _catch_up(self, rollout: str, read_to: int) -> None:
-        while rows := self._reader.health_since(read_to):
+    def _catch_up(self, rollout: str, read_to: int, most: int | None, newest: int) -> None:
+        page = {} if most is None else {"limit": most}
+        while rows := self._reader.health_since(read_to, **page):
             self._ledgers[rollout].add(rows)
             read_to = _last_batch(rows)
-        self._read_to[rollout] = max(read_to, self.watermark)
+            if most is not None and len(rows) >= most // 2:
+                break  # perhaps there is more
+        else:
+            read_to = max(read_to, newest)
+        self._read_to[rollout] = read_to
 
     def _enrolment(self, rollout: str, member: Member) -> Enrolment:
         exposed = member.arm is Arm.EXPOSED

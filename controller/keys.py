@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from device_agent.protocol import Desired, Signature, canonical, envelope, to_wire
+from device_agent.protocol import Desired, Signature, canonical, sealed, to_wire
 
 
 class DirectorKey:
@@ -37,8 +37,9 @@ class DirectorKey:
 
     def sign(self, desired: Desired) -> bytes:
         """The `desired` message: the order in its envelope, with our signature."""
-        signature = self._private.sign(canonical(to_wire(desired)))
-        return envelope(desired, (Signature(keyid=self.keyid, sig=signature.hex()),))
+        signed = canonical(to_wire(desired))
+        signature = Signature(keyid=self.keyid, sig=self._private.sign(signed).hex())
+        return sealed(signed, (signature,))
 
     def sign_bytes(self, data: bytes) -> bytes:
         """A bare signature, for evidence that leaves the house."""

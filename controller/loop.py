@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,19 +23,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from controller import approvals, audit, ulid
 from controller.commands import add_hold
+from controller.dispatch import Dispatch, Part
 from controller.evidence import Evidence
 from controller.manifests.kinds import Release
-from controller.orders import Broker, Issuer, Outbox, build
+from controller.orders import Broker, Issuer, Outbox
 from controller.registry_copy import RECOVERED
-from controller.rollout import desired, holdout, reconcile, recovery, scope, standing
+from controller.rollout import desired, holdout, reconcile, recovery, standing
 from controller.rollout.ears import Ears
 from controller.rollout.model import (
     ActiveHold,
     ActiveStop,
     Arm,
     Device,
-    MemberState,
-    Order,
     Proven,
     Rollout,
     RolloutState,
@@ -59,7 +59,6 @@ from controller.rollout.world import (
 )
 from controller.store import approvals as approval_rows
 from controller.store import rollouts as store
-from device_agent.protocol import Kind, Reason, State
 from telemetry import metrics
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import bands, score
@@ -73,9 +72,10 @@ LATELY = 3600.0  # seconds: a device out of contact for longer is off
 CROWD = 5  # devices: fewer tell nothing about the road to them
 HEED = 30.0  # seconds after which a report of an older order means that ours was not received
 SCORES_LAST = 10.0  # seconds that a fleet's scores are used before they are computed again
-# Seconds before one order is issued again: a rollback that failed on its device, and a lease that
-# has passed by the device's clock (one that is wrong by years would ask for ever, at each report).
-AGAIN = 300.0
+FIRST = 64  # orders of a rollback that are on the wire before the others are composed
+PART = 1_000  # devices whose orders are composed in one transaction
+PARTS = 8  # in one tick: then whoever pressed a button meanwhile is heard first
+PAGE = 2_000  # rows of devices read in one tick, about; and messages of health
 _ACTING = frozenset({Arm.EXPOSED, Arm.RETURNING})
 
 
@@ -102,27 +102,36 @@ class Loop:
         self._issuer = issuer
         self._outbox = Outbox(ports.engine, ports.broker, term=issuer.term)
         self._loaded = False
+        self._more = False
         self._made = 0
         self.stopping = False  # does this turn carry out a stop? Then it may use the last room
+
+    @property
+    def behind(self) -> bool:
+        """Is there more to read or to compose than one tick took? Then the next should not wait."""
+        return self._more or bool(self._loaded and self._dispatch)
 
     def tick(self, now: float) -> int:
         """One turn; answers how many actions it took."""
         try:
             if not self._loaded:
                 self._load(now)
-            dirty = self._observe(now)
+            self._observe(now)
             self._rollcall.pass_time(self._world(), now)
-            taken = self._decide(now, dirty)
+            taken = self._decide(now)
+            for _ in range(PARTS):
+                if not self._dispatch:
+                    break
+                self._compose(now)
         except BaseException:
             self._loaded = False  # the database is the truth: read it again
             raise
-        self._outbox.publish(frozenset(self._composed_under()), forward=self._asked)
+        self._outbox.publish(self._composed_under(), forward=self._asked)
         return taken
 
-    def _composed_under(self) -> Iterator[str]:
+    def _composed_under(self) -> frozenset[str]:
         """Ids of the holds and stops that this turn knew."""
-        yield from (hold.id for hold in self._holds)
-        yield from (stop.id for stop in self._stops)
+        return frozenset([*(hold.id for hold in self._holds), *(stop.id for stop in self._stops)])
 
     # -- observe ----------------------------------------------------------------------------------
 
@@ -158,7 +167,6 @@ class Loop:
         self._rejected: frozenset[str] = frozenset()
         self._head: Head | None = None
         self._notices: dict[str, str] = {}
-        self._again: dict[str, float] = {}  # device → when its order is issued once more
         self._noted: dict[str, str] = {}  # as the database has them
         self._evidence = Evidence(self._ports.reader)
         self._blind = True  # until telemetry was read
@@ -169,10 +177,37 @@ class Loop:
         self._first = True
         self._observed = now
         self._rollcall = Rollcall()
+        oldest_first = ((name, self._members.get(name, {})) for name in self._rollouts)
+        self._dispatch = Dispatch(self._issuer, dict(oldest_first))
         self._loaded = True
 
-    def _observe(self, now: float) -> set[str]:
-        """Take in what changed; answers the devices whose order may have to change."""
+    def _observe(self, now: float) -> None:
+        """Take in what changed. What people want comes first: then telemetry waits for a turn."""
+        wants = self._read_people(now)
+        head = self._ports.heads.current()
+        wanted, self._head = head is not self._head, head
+        asked, self._asked = self._asked, head is not None and head.asked
+        was_blind = self._blind
+        if wants and not self._first and not self._blind:
+            self._more = True
+        else:
+            words, heard = self._listen(now)
+            self._touch(words, now)
+            self._rollcall.contacts(self._world(), heard, now)
+        if self._first or was_blind is not self._blind or asked is not self._asked:
+            self._first = False
+            self._rollcall.take(self._world(), now)
+            self._dispatch.touch(sorted(self._devices))
+        elif wanted:
+            self._rollcall.people(self._world(), now)
+        waited = holdout.ended(self._rollouts.values(), self._pinned, self._observed, now)
+        if waited:
+            self._touch((d.id for d in self._devices.values() if d.fleet in waited), now)
+        self._touch(self._dispatch.due(now), now)
+        self._observed = now
+
+    def _read_people(self, now: float) -> bool:
+        """Registry, commands, holds, stops, rules; answers whether somebody wants something new."""
         with reading(self._ports.engine) as conn:
             changed, self._registry = store.load_devices(conn, self._registry)
             commands = store.load_commands(conn)
@@ -180,36 +215,21 @@ class Loop:
             stops = store.load_stops(conn)
             rules, granted = approval_rows.load_rules(conn), approval_rows.load_granted(conn)
             self._revise(store.revisions(conn))
-        dirty = {device.id for device in changed}
-        self._devices |= {device.id: device for device in changed}
-        people = holds != self._holds or stops != self._stops
-        people |= rules != self._rules or granted != self._granted
+        self._devices.update((device.id, device) for device in changed)
+        before = self._holds, self._stops, self._rules, self._granted
         self._rules, self._granted = rules, granted
         self._holds, self._stops, self._commands = holds, stops, commands
         self._rejected = rejected
-        was_blind = self._blind
-        words, heard = self._listen(now)
-        dirty |= words
-        head = self._ports.heads.current()
-        wanted = people or head is not self._head
-        self._head = head
-        asked, self._asked = self._asked, head is not None and head.asked
-        world = self._world()
-        if self._first or was_blind is not self._blind or asked is not self._asked:
-            self._first, self._observed = False, now
-            self._rollcall.take(world, now)
-            return set(self._devices)
-        self._rollcall.devices(world, sorted(dirty), now)
-        self._rollcall.contacts(world, heard, now)
-        if wanted:
-            self._rollcall.people(world, now)
-        if people:
-            dirty |= set(self._devices)
-        waited = holdout.ended(self._rollouts.values(), self._pinned, self._observed, now)
-        if waited:
-            dirty |= {d.id for d in self._devices.values() if d.fleet in waited}
-        self._observed = now
-        return dirty | self._due(now)
+        if self._first:
+            return False
+        self._touch((device.id for device in changed), now)
+        if before == (holds, stops, rules, granted):
+            return bool(commands)
+        self._dispatch.touch(
+            self._concerned(before[0], holds) if before[1] == stops else self._devices
+        )
+        self._rollcall.people(self._world(), now)
+        return True
 
     def _revise(self, revisions: Mapping[str, int]) -> None:
         """The API raises the revision of a rollout when it records a command."""
@@ -218,24 +238,42 @@ class Loop:
             if known is not None and known.revision != revision:
                 self._rollouts[rollout] = replace(known, revision=revision)
 
-    def _due(self, now: float) -> set[str]:
-        """Devices whose order is issued once more."""
-        due = {name for name, at in self._again.items() if at <= now}
-        self._again = {name: at for name, at in self._again.items() if name not in due}
-        return due
+    def _touch(self, devices: Iterable[str], now: float) -> None:
+        """What is known of these devices, or wanted of them, is not what it was."""
+        names = list(devices)
+        self._dispatch.touch(names)
+        self._rollcall.devices(self._world(), names, now)
 
-    def _listen(self, now: float) -> tuple[set[str], list[str]]:
+    def _concerned(self, before: list[ActiveHold], after: list[ActiveHold]) -> Iterator[str]:
+        """Devices that a new hold may send elsewhere, and the fleets of holds that were lifted."""
+        lifted = {hold.fleet for hold in before if hold not in after}
+        new = {digest for hold in after if hold not in before for digest in hold.artifacts}
+        for name, device in self._devices.items():
+            if device.fleet in lifted or (new and self._has(name, new)):
+                yield name
+
+    def _has(self, device: str, digests: set[str]) -> bool:
+        """Does this device run, or was it told, one of these?"""
+        row, order = self._seen.get(device), self._orders.get(device)
+        running = row.components.values() if row is not None else ()
+        told = order.components.values() if order is not None else ()
+        return any(c.digest in digests for c in running) or any(c.digest in digests for c in told)
+
+    def _listen(self, now: float) -> tuple[list[str], list[str]]:
         """Take in telemetry: (devices that said something new, those that were only heard).
 
-        Without it the loop goes on, blind: it acts on holds and stops.
+        A page of it: what is left is read in the next turn. Without telemetry the loop goes on,
+        blind: it acts on holds and stops.
         """
         reader = self._ports.reader
-        words: set[str] = set()
+        words: list[str] = []
         heard: list[str] = []
         try:
+            page = None if self._blind else PAGE
             if self._blind:
                 self._begin_listening()
-            for row in reader.devices_changed(self._change):
+            rows = reader.devices_changed(self._change, limit=page)
+            for row in rows:
                 before = self._seen.get(row.device)
                 self._seen[row.device] = row
                 self._change = max(self._change, row.change)
@@ -243,16 +281,17 @@ class Loop:
                 if before is not None and row.says_the_same(before):
                     heard.append(row.device)
                 else:
-                    words.add(row.device)
+                    words.append(row.device)
                 self._heed(row, now)
             self._ears.hear(
                 reader.hearing(), self._last_word, now, quiet=self._quiet(), crowd=self._crowd
             )
-            self._evidence.read()
+            whole = self._evidence.read(page)
+            self._more = not whole or (page is not None and len(rows) >= page)
         except (SQLAlchemyError, OSError) as error:
             if not self._blind or self._first:
                 log.error("telemetry_unavailable", detail=str(error).splitlines()[0])
-            self._blind, self._scores = True, {}
+            self._blind, self._scores, self._more = True, {}, False
         else:
             if self._blind:
                 self._blind = False
@@ -383,46 +422,87 @@ class Loop:
             blind=self._blind,
             musters=self._rollcall.musters,
             ended=self._rollcall.ended,
+            unordered=self._dispatch,
         )
 
-    def _decide(self, now: float, dirty: set[str]) -> int:
-        new_head = self._head is not None and self._head.commit != self._commit
+    def _decide(self, now: float) -> int:
+        """Ask, record and order until nothing is left to say: mostly in one transaction.
+
+        A rollback's first orders do not wait for the rest of it: they leave after its first round.
+        """
+        taken, rounds = 0, MOST_ROUNDS
         self._score(now)
+        new_head = self._head is not None and self._head.commit != self._commit
         actions = [] if new_head else self._ask(now)
-        silent = all(isinstance(action, Notice) for action in actions)
-        if silent and not (new_head or dirty or self._unheeded or self._notices != self._noted):
-            return 0
-        taken = 0
-        self.stopping = bool(self._commands) or any(map(_is_stop, actions))
+        # A stop, and what a rollback still has to bring out, may use the last room.
+        self.stopping = bool(self._commands) or any(map(_is_stop, actions)) or self._dispatch.urgent
+        while new_head or (actions and rounds > 0) or self._notices != self._noted:
+            with self._recording(now) as conn:
+                if new_head and self._head is not None:
+                    self._accept(conn, self._head, now)
+                    new_head, actions = False, self._ask(now)
+                while actions and rounds > 0:
+                    rounds -= 1
+                    taken += len(actions)
+                    for action in actions:
+                        self._apply(conn, action, now)
+                    actions = []
+                    if self._dispatch.urgent:
+                        break
+                    self._score(now)
+                    actions = self._ask(now)
+                urgent = self._dispatch.urgent
+                part = self._part(conn, FIRST if urgent else PART, now)
+                if self._notices != self._noted:
+                    store.put_meta(conn, "notices", self._notices)
+                    self._noted = self._notices
+            self._outbox.send(part.rows, self._composed_under(), forward=self._asked)
+            if urgent:
+                actions = self._ask(now)
+        self._end_recovery(now)
+        return taken
+
+    def _end_recovery(self, now: float) -> None:
+        """What a lost memory asked for is done; whom an order never reached gets it again."""
+        done = self._recovered and self._head is not None and not self._head.blocked
+        if done or self._unheeded:
+            with self._recording(now) as conn:
+                store.unpublish(conn, sorted(self._unheeded))
+                if done:
+                    store.delete_meta(conn, RECOVERED)
+        self._recovered = self._recovered and not done
+        self._restored = False
+        self._unheeded = set()
+
+    @contextmanager
+    def _recording(self, now: float) -> Iterator[Connection]:
+        """One transaction of this controller's term."""
         with writing(self._ports.engine) as conn:
             store.fence(conn, self._issuer.term)
             if self._recovered and self._recovered_at is None:
                 self._recovered_at = now
                 store.put_meta(conn, "recovered_at", now)
-            if new_head and self._head is not None:
-                dirty |= self._accept(conn, self._head, now)
-                actions = self._ask(now)
-            for _ in range(MOST_ROUNDS):
-                actions = [a for a in actions if not isinstance(a, Notice)]
-                if not actions:
-                    break
-                for action in actions:
-                    dirty |= self._apply(conn, action, now)
-                taken += len(actions)
-                self._score(now)
-                actions = self._ask(now)
-            self._order(conn, dirty, now)
-            if self._notices != self._noted:
-                store.put_meta(conn, "notices", self._notices)
-                self._noted = self._notices
-            store.unpublish(conn, sorted(self._unheeded))
-            done = self._recovered and self._head is not None and not self._head.blocked
-            if done:
-                store.delete_meta(conn, RECOVERED)
-        self._recovered = self._recovered and not done
-        self._restored = False
-        self._unheeded = set()
-        return taken
+            self._outbox.settle(conn)
+            yield conn
+
+    def _compose(self, now: float) -> None:
+        """The next part of the orders that wait, recorded and sent."""
+        with self._recording(now) as conn:
+            part = self._part(conn, PART, now)
+        self._outbox.send(part.rows, self._composed_under(), forward=self._asked)
+
+    def _part(self, conn: Connection, most: int, now: float) -> Part:
+        """Compose the next orders, record them, and take them into the snapshot."""
+        part = self._dispatch.compose(self._world(), most, now, before=self._recovered_at)
+        if part.gone:
+            store.clear_orders(conn, part.gone)
+        if part.rows:
+            store.put_orders(conn, part.rows)
+        for name in part.gone:
+            del self._orders[name]
+        self._orders.update((order.device, order) for order in part.orders)
+        self._rollcall.devices(self._world(), part.devices, now)
+        return part
 
     def _ask(self, now: float) -> list[Action]:
         """What those that may have something to say answer."""
@@ -432,9 +512,9 @@ class Loop:
         self._rollcall.answered(world, awake, actions, now)
         if awake.opening:
             self._notices = {a.name: a.sentence for a in actions if isinstance(a, Notice)}
-        return actions
+        return [action for action in actions if not isinstance(action, Notice)]
 
-    def _accept(self, conn: Connection, head: Head, now: float) -> set[str]:
+    def _accept(self, conn: Connection, head: Head, now: float) -> None:
         """A new accepted commit: its releases, holds and lifts become ours."""
         for name, release in sorted(head.manifests.releases.items()):
             known = self._documents.get(name)
@@ -452,13 +532,13 @@ class Loop:
             )
             self._documents[name] = release
         self._catalog = desired.Catalog(releases=self._documents)
-        self._rollcall.people(self._world(), now)
         for fleet in head.manifests.fleets.values():
             self._baseline(conn, fleet.name, fleet.baseline, now)
         self._rules = approvals.take_rules(conn, head, self._rules, now)
         store.put_meta(conn, "head_commit", head.commit)
         self._commit = head.commit
-        return set(self._devices)
+        self._dispatch.touch(sorted(self._devices))
+        self._rollcall.people(self._world(), now)
 
     def _baseline(
         self, conn: Connection, fleet: str, baseline: Mapping[str, str], now: float
@@ -476,24 +556,24 @@ class Loop:
                     self._proven[fleet, component, hardware] = value
                     store.prove(conn, fleet, component, hardware, value, None)
 
-    def _apply(self, conn: Connection, action: Action, now: float) -> set[str]:
-        """Record one action and take it into the snapshot; answers the devices it touches."""
+    def _apply(self, conn: Connection, action: Action, now: float) -> None:
+        """Record one action and take it into the snapshot; touch the devices it concerns."""
         match action:
             case Open():
-                return self._open(conn, action, now)
+                self._open(conn, action, now)
             case Change():
-                return self._change_rollout(conn, action.rollout, now)
+                self._change_rollout(conn, action.rollout, now)
             case Put():
-                return self._put(conn, action, now)
+                self._put(conn, action, now)
             case Decision():
                 self._record(conn, action, now)
             case Reject():
-                return self._reject(conn, action, now)
+                self._reject(conn, action, now)
             case Prove():
                 key = (action.fleet, action.component, action.hardware)
                 self._proven[key] = action.proven
                 store.prove(conn, *key, action.proven, None)
-                return {d.id for d in self._devices.values() if d.fleet == action.fleet}
+                self._touch((d.id for d in self._devices.values() if d.fleet == action.fleet), now)
             case Finish():
                 kind = next((c.kind for c in self._commands if c.id == action.command), "?")
                 metrics.count("bellwether_commands_total", kind=kind, result=action.state)
@@ -503,9 +583,8 @@ class Loop:
                 store.insert_look(conn, action.rollout, now, action.numbers)
             case Notice():
                 pass
-        return set()
 
-    def _open(self, conn: Connection, action: Open, now: float) -> set[str]:
+    def _open(self, conn: Connection, action: Open, now: float) -> None:
         rollout = replace(action.rollout, id=self._id(now))
         rollout = replace(rollout, flags={**rollout.flags, "watermark": self._evidence.watermark})
         store.insert_rollout(conn, rollout)
@@ -521,14 +600,15 @@ class Loop:
             rollout=rollout.id, kind="open", verdict="opened", sentence=rollout.sentence
         )
         self._record(conn, opened, now)
-        return set()
 
-    def _change_rollout(self, conn: Connection, after: Rollout, now: float) -> set[str]:
+    def _change_rollout(self, conn: Connection, after: Rollout, now: float) -> None:
         before = self._rollouts[after.id]
         store.update_rollout(conn, before, after)
         self._rollouts[after.id] = after
         if before.active and not after.active:
             self._evidence.close(after.id)
+        if before.state is not after.state:
+            self._turn_round(after, now)
         self._rollcall.changed(self._world(), before, after, now)
         if before.state is not after.state:
             log.info(
@@ -539,18 +619,25 @@ class Loop:
                 sentence=after.sentence,
                 commit=after.commit,
             )
-            return set(self._members.get(after.id, {}))
-        return set()
 
-    def _put(self, conn: Connection, action: Put, now: float) -> set[str]:
+    def _turn_round(self, rollout: Rollout, now: float) -> None:
+        """Its state is another one: all its members may be ordered otherwise, who goes back now."""
+        members = self._members.get(rollout.id, {})
+        if rollout.state is RolloutState.ROLLING_BACK:
+            told = (m.device for m in members.values() if m.arm in _ACTING and m.told_at)
+            self._dispatch.touch(told, urgent=True)
+        self._touch((name for name in sorted(members) if name not in self._dispatch), now)
+
+    def _put(self, conn: Connection, action: Put, now: float) -> None:
         store.put_members(conn, action.rollout, action.members)
         known = self._members.setdefault(action.rollout, {})
         for member in action.members:
             before = known.get(member.device)
             known[member.device] = member
             self._evidence.member(action.rollout, before, member)
+        self._dispatch.joined(action.rollout, (m.device for m in action.members))
+        self._dispatch.touch(m.device for m in action.members if m.arm in _ACTING)
         self._rollcall.put(self._world(), action.rollout, action.members, now)
-        return {m.device for m in action.members if m.arm in _ACTING}
 
     def _id(self, now: float) -> str:
         """A ULID; those of one millisecond sort in the order in which they were made."""
@@ -597,7 +684,7 @@ class Loop:
             commit=rollout.commit,
         )
 
-    def _reject(self, conn: Connection, action: Reject, now: float) -> set[str]:
+    def _reject(self, conn: Connection, action: Reject, now: float) -> None:
         rollout = self._rollouts[action.rollout]
         row: dict[str, Any] = {
             "name": rollout.name,
@@ -620,134 +707,11 @@ class Loop:
         store.update_rollout(conn, rollout, after)
         self._rollouts[rollout.id] = after
         self._holds, self._rejected = store.load_holds(conn)
+        self._dispatch.touch(self._members.get(rollout.id, {}))
         self._rollcall.people(self._world(), now)
-        return set(self._members.get(rollout.id, {}))
-
-    # -- orders -----------------------------------------------------------------------------------
-
-    def _order(self, conn: Connection, dirty: Iterable[str], now: float) -> None:
-        """Compose and sign the orders of these devices, where they differ from the last ones."""
-        rows, gone = [], []
-        for name in sorted(set(dirty)):
-            device = self._devices.get(name)
-            if device is None:
-                continue
-            if not device.governed or self._moved_since_order(device):
-                gone += [name] if self._orders.pop(name, None) else []
-            if not device.governed:
-                continue
-            made = self._order_of(device, now)
-            if made is not None:
-                self._orders[name] = made[0]
-                rows.append(made[1])
-        if gone:
-            store.clear_orders(conn, gone)
-        if rows:
-            store.put_orders(conn, rows)
-        self._rollcall.devices(self._world(), [*gone, *(row["device"] for row in rows)], now)
-
-    def _moved_since_order(self, device: Device) -> bool:
-        order = self._orders.get(device.id)
-        return order is not None and device.moved_at is not None and device.moved_at > order.at
-
-    def _order_of(self, device: Device, now: float) -> tuple[Order, dict[str, Any]] | None:
-        row, last = self._seen.get(device.id), self._orders.get(device.id)
-        place = self._place(device, row, last, now)
-        target = desired.compose(place, self._catalog, now)
-        if target is None:
-            return None
-        running = row.components if row else {}
-        again = place.foreign or self._stale(last, row, now)
-        if not (again or desired.differs(target, last, running)):
-            return None
-        if last is None and row is None:
-            return None  # never heard and never told: its first report says what it runs
-        if not self._may_go(place, target):
-            return None
-        return build(self._issuer, device, target, self._catalog, last, row, now)
-
-    def _stale(self, last: Order | None, row: DeviceRow | None, now: float) -> bool:
-        """Must the same order go out again, under a new generation? Not yet: noted."""
-        if last is None or not _asks_again(last, row):
-            return False
-        if now > last.at + AGAIN:
-            return True
-        self._again[last.device] = last.at + AGAIN + 1
-        return False
-
-    def _may_go(self, place: desired.Place, target: desired.Target) -> bool:
-        """Going back always; forward, or by a lost memory, only with Git and telemetry at hand."""
-        head = self._head
-        if target.kind is Kind.ROLLBACK:
-            return True
-        if place.foreign:
-            return head is not None and head.heard and not self._blind
-        if not desired.moves(target, place.running):
-            return True
-        return head is not None and head.asked and not self._blind
-
-    def _place(
-        self, device: Device, row: DeviceRow | None, last: Order | None, now: float
-    ) -> desired.Place:
-        speaking, past = [], {}
-        for rollout_id, members in self._members.items():
-            member = members.get(device.id)
-            if member is None:
-                continue
-            rollout = self._rollouts[rollout_id]
-            if rollout.active and rollout.fleet == device.fleet:
-                speaking.append((rollout, member))
-            if member.previous is not None and member.state is not MemberState.DRAWN:
-                past[rollout.name] = member
-        fleet = self._head.manifests.fleets.get(device.fleet) if self._head else None
-        return desired.Place(
-            device=device,
-            running=row.components if row else {},
-            last=last,
-            memberships=speaking,
-            past=past,
-            holds=[h for h in self._holds if h.fleet == device.fleet and self._holds_it(h, device)],
-            stops=self._stops,
-            proven=self._proven_for(device, now),
-            on_unknown=str(fleet.on_unknown) if fleet else "keep",
-            foreign=recovery.foreign(device, row, last, self._recovered_at),
-        )
-
-    def _holds_it(self, hold: ActiveHold, device: Device) -> bool:
-        """Is the device in the hold's scope? Steps and cohorts are those of the hold's rollout."""
-        if hold.whole:
-            return True
-        for name, rollout in self._rollouts.items():
-            if rollout.name == hold.rollout and rollout.digest == hold.digest:
-                member = self._members.get(name, {}).get(device.id)
-                if scope.covers(hold.scope, device, member, self._pinned.get(name)):
-                    return True
-        return False
-
-    def _proven_for(self, device: Device, now: float) -> dict[str, Proven]:
-        found: dict[str, Proven] = {}
-        rollouts = self._rollouts.values()
-        withheld = holdout.withheld(rollouts, self._pinned, device.fleet, device.id, now)
-        for (fleet, component, hardware), proven in self._proven.items():
-            if proven.release in withheld:
-                continue
-            if fleet == device.fleet and hardware in ("", device.hardware):
-                best = found.get(component)
-                if best is None or proven.at > best.at or hardware:
-                    found[component] = proven
-        return found
 
 
 def _is_stop(action: Action) -> bool:
     if isinstance(action, Change):
         return action.rollout.state in (RolloutState.ROLLING_BACK, RolloutState.HELD)
     return isinstance(action, Reject)
-
-
-def _asks_again(last: Order | None, row: DeviceRow | None) -> bool:
-    """Does it wait for a lease, or could it not go back for want of a download or a disk?"""
-    if last is None or row is None or row.generation != last.generation:
-        return False
-    if last.kind == Kind.INSTALL:
-        return Reason.LEASE_EXPIRED in row.blocked_by
-    return last.kind == Kind.ROLLBACK and row.state is State.FAILED

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from controller.keys import DirectorKey
 from controller.rollout.desired import Catalog, Target
@@ -134,6 +134,41 @@ class Outbox:
         self._term = term
         self._broker = broker
         self._batch = batch
+        self._taken: list[tuple[str, int]] = []  # by the broker, not noted yet
+        self._away = False
+
+    def send(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        known: frozenset[str] | None = None,
+        *,
+        forward: bool = True,
+    ) -> None:
+        """Publish orders that were recorded a moment ago; `settle` notes which the broker took.
+
+        Where the broker is away or slow, the rest of this turn waits in the database.
+        """
+        orders = [
+            (row["device"], row["body"], row["generation"], row["kind"])
+            for row in rows
+            if forward or row["kind"] != Kind.INSTALL
+        ]
+        if not orders or self._away:
+            return
+        with reading(self._engine) as conn:
+            if known is not None and not store.in_force(conn) <= known:
+                return
+            if self._term is not None:
+                store.check(conn, self._term)
+        taken = self._send(orders)
+        self._taken += taken
+        self._away = len(taken) < len(orders)
+
+    def settle(self, conn: Connection) -> None:
+        """Note in this transaction what was taken since the last one."""
+        if self._taken:
+            store.mark_published(conn, self._taken)
+            self._taken = []
 
     def publish(self, known: frozenset[str] | None = None, *, forward: bool = True) -> int:
         """Send all that waits (without `forward`: what leads back); how many the broker took.
@@ -142,6 +177,12 @@ class Outbox:
         has come since, nothing more leaves: the loop, woken by it, composes anew first.
         """
         sent = 0
+        if self._taken:
+            self._note(self._taken)
+            self._taken = []
+        if self._away:
+            self._away = False  # it was asked in this turn already
+            return 0
         while True:
             with reading(self._engine) as conn:
                 waiting = store.unpublished(conn, self._batch, forward=forward)
@@ -151,23 +192,26 @@ class Outbox:
                     store.check(conn, self._term)
             if not waiting:
                 return sent
-            messages = [(topic(device, Channel.DESIRED), body) for device, body, _, _ in waiting]
-            taken = self._broker.publish(messages)
-            done = [
-                (device, generation)
-                for (device, _, generation, _), ok in zip(waiting, taken, strict=True)
-                if ok
-            ]
-            kinds = Counter(row[3] for row, ok in zip(waiting, taken, strict=True) if ok)
-            for kind, n in kinds.items():
-                metrics.count("bellwether_orders_published_total", n, kind=kind)
-            with writing(self._engine) as conn:
-                if self._term is not None:
-                    store.fence(conn, self._term)
-                store.mark_published(conn, done)
+            done = self._send(waiting)
+            self._note(done)
             sent += len(done)
             if len(done) < len(waiting):
                 return sent  # the broker is away or slow: the loop comes again
+
+    def _send(self, orders: Sequence[tuple[str, bytes, int, str]]) -> list[tuple[str, int]]:
+        """(device, generation) of those that the broker took."""
+        messages = [(topic(device, Channel.DESIRED), body) for device, body, _, _ in orders]
+        taken = self._broker.publish(messages)
+        done = [order for order, ok in zip(orders, taken, strict=True) if ok]
+        for kind, n in Counter(order[3] for order in done).items():
+            metrics.count("bellwether_orders_published_total", n, kind=kind)
+        return [(device, generation) for device, _, generation, _ in done]
+
+    def _note(self, done: Sequence[tuple[str, int]]) -> None:
+        with writing(self._engine) as conn:
+            if self._term is not None:
+                store.fence(conn, self._term)
+            store.mark_published(conn, done)
 
 
 def told_map(order: Order | None) -> Mapping[str, str]:

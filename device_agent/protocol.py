@@ -46,6 +46,11 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|$)|[\[\]{}]', re.DOTALL)
 _TOPIC = re.compile(rf"bw/v1/({ID.pattern})/(desired|reported|health|ack|presence)")
 
 
+_sorted = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+)
+
+
 class ProtocolError(ValueError):
     """A message that may not be believed. `reason` is a short code to count it by."""
 
@@ -290,15 +295,18 @@ def load(payload: bytes) -> Any:
 
 def canonical(signed: Mapping[str, Any]) -> bytes:
     """The bytes that are signed: sorted keys, no blanks, UTF-8, no floats (as TUF does)."""
-    return json.dumps(
-        signed, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return _sorted.encode(signed).encode()
 
 
 def envelope(desired: Desired, signatures: tuple[Signature, ...]) -> bytes:
     """The `desired` message: the order beside its signatures."""
-    body = {"signed": to_wire(desired), "signatures": [to_wire(s) for s in signatures]}
-    return canonical(body)
+    return sealed(canonical(to_wire(desired)), signatures)
+
+
+def sealed(signed: bytes, signatures: tuple[Signature, ...]) -> bytes:
+    """The envelope around the canonical bytes of an order: itself canonical."""
+    listed = canonical({"signatures": [to_wire(s) for s in signatures]})
+    return b'%s,"signed":%s}' % (listed[:-1], signed)
 
 
 def open_envelope(payload: bytes) -> tuple[Desired, bytes, tuple[Signature, ...]]:
@@ -360,9 +368,11 @@ def parse_timestamp(text: str) -> datetime:
 
 def to_wire(value: Any) -> Any:
     """Dataclasses → dicts with camelCase names; fields that are None are left out."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
     if is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
-        return {camel(name): to_wire(item) for name, item in pairs if item is not None}
+        pairs = ((wire, getattr(value, name)) for name, wire in _names_of(type(value)))
+        return {wire: to_wire(item) for wire, item in pairs if item is not None}
     if isinstance(value, dict):
         return {key: to_wire(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -370,6 +380,12 @@ def to_wire(value: Any) -> Any:
     if isinstance(value, StrEnum):
         return value.value
     return value
+
+
+@cache
+def _names_of(cls: Any) -> tuple[tuple[str, str], ...]:
+    """(field, its name on the wire) of a dataclass."""
+    return tuple((f.name, camel(f.name)) for f in fields(cls))
 
 
 def from_wire(cls: type[M], data: Any, where: str = "") -> M:

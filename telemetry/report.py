@@ -153,8 +153,11 @@ class TelemetryReader(Protocol):
         """(hearing clock in seconds, server time of its last advance)."""
         ...
 
-    def devices_changed(self, since: int) -> Sequence[DeviceRow]:
-        """Rows with `change` > since, in order of change. since=0 gives the whole fleet."""
+    def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:
+        """Rows with `change` > since, in order of change. since=0 gives the whole fleet.
+
+        With a limit about so many, and no change cut in two; fewer than it: that was all.
+        """
         ...
 
     def device(self, device: str) -> DeviceRow | None: ...

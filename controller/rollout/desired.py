@@ -20,7 +20,8 @@ the device's own safety.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -48,15 +49,23 @@ class Catalog:
     """Every release ever seen, by name, and who owns an artifact digest."""
 
     releases: Mapping[str, Release]
+    _owners: dict[str, Release] = field(default_factory=dict, repr=False, compare=False)
+    _by_artifact: dict[tuple[str, str], Release] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def owner(self, component: str, digest: str, hint: str | None = None) -> Release | None:
         """The release that brings this artifact; `hint` (a name) wins where several do."""
         named = self.releases.get(hint) if hint else None
-        for release in ([named] if named else []) + list(self.releases.values()):
-            artifact = release.components.get(component)
-            if artifact is not None and artifact.digest == digest:
-                return release
-        return None
+        artifact = named.components.get(component) if named else None
+        if artifact is not None and artifact.digest == digest:
+            return named
+        if len(self._owners) < len(self.releases):  # counted once, when first asked
+            for name, release in self.releases.items():
+                self._owners[name] = release
+                for brings, each in release.components.items():
+                    self._by_artifact.setdefault((brings, each.digest), release)
+        return self._by_artifact.get((component, digest))
 
     def version(self, component: str, digest: str) -> str | None:
         release = self.owner(component, digest)
@@ -159,6 +168,7 @@ def satisfied(release: Release, installed: Mapping[str, str | None]) -> tuple[bo
     return True, ""
 
 
+@lru_cache(maxsize=4096)
 def in_range(version: str, spec: str) -> bool:
     """Is the version in the range (">=2.1")? What is no version compares as text for equality."""
     try:

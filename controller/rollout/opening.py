@@ -14,6 +14,7 @@ Pure. Rules, in order, for each Rollout manifest of the accepted head:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -40,6 +41,13 @@ def decide(world: World, now: float) -> Iterator[Action]:
         return
     for name in sorted(world.head.manifests.rollouts):
         yield from _one(world, world.head, world.head.manifests.rollouts[name], now)
+
+
+def next_look(world: World, now: float) -> float:
+    """When time alone may change the answer: a recall's urgency runs out."""
+    wanted = world.head.manifests.rollouts.values() if world.head is not None else ()
+    ends = (rollout.urgency.until for rollout in wanted if rollout.urgency is not None)
+    return min((at for at in ends if at > now), default=math.inf)
 
 
 def _one(world: World, head: Head, wanted: kinds.Rollout, now: float) -> Iterator[Action]:

@@ -23,6 +23,12 @@ def expired(rollout: Rollout, now: float) -> bool:
     return urgency is not None and urgency.recall and urgency.until <= now
 
 
+def ends(rollout: Rollout, now: float) -> float | None:
+    """When its urgency runs out; None where there is none, or it has."""
+    urgency = rollout.urgency
+    return urgency.until if urgency is not None and urgency.until > now else None
+
+
 def passes(seen: Standing, judgement: Judgement, share: float, last: bool) -> bool:
     """May the next ramp begin?"""
     if seen.untold or judgement.numbers.get("page"):

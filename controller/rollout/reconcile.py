@@ -61,9 +61,6 @@ def decide(world: World, now: float, awake: Awake | None = None) -> list[Action]
 
 def next_look(world: World, rollout: Rollout, now: float) -> float:
     """When time alone may change the answer of a rollout that has nothing to say at `now`."""
-    if rollout.state is RolloutState.ROLLING_BACK:
-        ended = float(rollout.flags.get("ended_at", now))
-        return now if now <= ended else math.inf
     return step.next_look(world, rollout, now) if rollout.state in ACTIVE else math.inf
 
 

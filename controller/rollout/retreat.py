@@ -32,7 +32,6 @@ def going_back(world: World, rollout: Rollout, muster: Muster, now: float) -> It
         changed = (came_back(world, rollout, hold, members[d], now) for d in sorted(muster.moving))
         yield Put(rollout=rollout.id, members=tuple(changed))
         return
-    composed = now > float(rollout.flags.get("ended_at", now))
     told = away = bound = 0
     for alike, n in muster.groups.items():
         if alike.arm is Arm.CONTROL or alike.state in NEVER_TOLD:
@@ -40,7 +39,7 @@ def going_back(world: World, rollout: Rollout, muster: Muster, now: float) -> It
         told += n
         if alike.state is MemberState.BACK:
             continue
-        if alike.bound and composed:
+        if alike.bound:
             bound += n
             continue
         if alike.near:
@@ -116,7 +115,9 @@ def rejecting(world: World, rollout: Rollout) -> ActiveHold | None:
 
 
 def nowhere_to_go(world: World, rollout: Rollout, hold: ActiveHold | None, device: str) -> bool:
-    """Is there no other set for this device? True only once its order has been composed."""
+    """Is there no other set for this device? Not before its order has been composed."""
+    if device in world.unordered:
+        return False
     rejected = hold.artifacts if hold else frozenset(rollout.artifacts.values())
     order = world.orders.get(device)
     return order is None or any(told.digest in rejected for told in order.components.values())

@@ -15,9 +15,10 @@ Rules, in order:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from controller.rollout import scope
+from controller.rollout import opening, scope
 from controller.rollout.case import ended
 from controller.rollout.model import ACTIVE, Member, MemberState, Rollout, RolloutState
 from controller.rollout.muster import Muster
@@ -37,6 +38,8 @@ class Rollcall:
         self._opening = True
         self._looks: dict[str, float] = {}
         self._observed: dict[str, Observations] = {}
+        self._in_parts: set[str] = set()  # rollouts against whom a partial hold was ever in force
+        self._opens_at = math.inf  # when time alone may open something
         self._outage: float | None = None  # since when our own ears are shut
 
     def take(self, world: World, now: float) -> None:
@@ -90,7 +93,10 @@ class Rollcall:
         for name, muster in self.musters.items():
             rollout = world.rollouts[name]
             back = rollout.state is RolloutState.ROLLING_BACK
-            everybody = back or scope.partial(world, rollout)
+            partial = bool(scope.partial(world, rollout))
+            everybody = back or partial or name in self._in_parts
+            if partial:
+                self._in_parts.add(name)
             whom = world.members.get(name, {}) if everybody else muster.waiting()
             muster.touch(world, rollout, whom, now)
 
@@ -148,7 +154,8 @@ class Rollcall:
                 self._observed[name] = seen
                 due.add(name)
         self._awake |= due
-        return Awake(rollouts=frozenset(self._awake), opening=self._opening)
+        opens = self._opening or self._opens_at <= now
+        return Awake(rollouts=frozenset(self._awake), opening=opens)
 
     def answered(self, world: World, awake: Awake, actions: Sequence[Action], now: float) -> None:
         """`decide` answered that: who said nothing sleeps until it is touched or its time comes."""
@@ -157,10 +164,11 @@ class Rollcall:
             self._awake.discard(name)
             self._looks.pop(name, None)
             at = next_look(world, world.rollouts[name], now)
-            if at < float("inf"):
+            if at < math.inf:
                 self._looks[name] = at
         if awake.opening and all(isinstance(action, Notice) for action in actions):
             self._opening = False
+            self._opens_at = opening.next_look(world, now)
 
 
 def _drawn(rollout: Rollout) -> bool:

@@ -91,6 +91,11 @@ def covers(
     return True
 
 
+def named(scope: Mapping[str, Any]) -> bool:
+    """Does the scope say who by itself, whatever rollout they are in?"""
+    return next(iter(scope), "all") in ("all", "selector", "devices")
+
+
 def excluding(world: World, rollout: Rollout, member: Member) -> ActiveHold | None:
     """The partial hold that takes this member out of its rollout."""
     device = world.devices.get(member.device)

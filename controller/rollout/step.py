@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from controller.rollout import drawing, holdout, judging, scope, telling
+from controller.rollout import drawing, holdout, judging, recall, scope, telling
 from controller.rollout.follow import follow
 from controller.rollout.model import ADMITTING, ActiveHold, Member, Rollout, RolloutState
 from controller.rollout.standing import patience
@@ -64,6 +64,7 @@ def next_look(world: World, rollout: Rollout, now: float) -> float:
         judging.soaks_on(rollout, wave),
         judging.deadline(rollout, pinned),
         telling.next_look(wave, muster, now),
+        recall.ends(pinned.rollout, now),
     ]
     return min((at for at in moments if at is not None), default=math.inf)
 

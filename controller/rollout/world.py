@@ -6,7 +6,7 @@ answers `Action`s; the loop records them in one transaction and then acts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,7 @@ class World:
     recovered: bool = False  # the database was wiped: unfinished work opens Paused
     restored: bool = False  # it is older than what devices were told: what moves is paused
     blind: bool = False  # telemetry cannot be read: holds and stops alone are acted upon
+    unordered: Container[str] = ()  # devices whose order is still to be composed
     # Rollout id → its members as counted so far; where one is missing they are counted anew.
     musters: Mapping[str, Muster] = field(default_factory=dict)
     ended: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # (failed, updated), so far

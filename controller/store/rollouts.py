@@ -7,12 +7,25 @@ of it is fenced by the controller's term (`fence`). Rows go in and out as the fr
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, true, update
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Table,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from controller.rollout.model import (
     ACTIVE,
@@ -48,7 +61,9 @@ from controller.store.tables import (
     rollouts,
     stops,
 )
+from telemetry.store import bulk
 
+_IN = 5_000  # names in one question
 _UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
 
 
@@ -225,16 +240,18 @@ def update_rollout(conn: Connection, before: Rollout, after: Rollout) -> None:
 
 def put_members(conn: Connection, rollout: str, changed: Sequence[Member]) -> None:
     """Insert or replace the rows of these members, and keep their counters."""
-    names = [m.device for m in changed]
-    more = Counter((m.step, str(m.arm), str(m.state)) for m in changed)
-    for start in range(0, len(names), 500):
-        gone = conn.execute(
-            delete(members)
-            .where(members.c.rollout == rollout, members.c.device.in_(names[start : start + 500]))
-            .returning(members.c.step, members.c.arm, members.c.state)
+    newest = {member.device: member for member in changed}
+    more = Counter((m.step, str(m.arm), str(m.state)) for m in newest.values())
+    names = list(newest)
+    for start in range(0, len(names), _IN):
+        before = conn.execute(
+            select(members.c.step, members.c.arm, members.c.state).where(
+                members.c.rollout == rollout, members.c.device.in_(names[start : start + _IN])
+            )
         )
-        more.subtract((row.step, row.arm, row.state) for row in gone)
-    conn.execute(insert(members), [{"rollout": rollout, **_values(m)} for m in changed])
+        more.subtract((row.step, row.arm, row.state) for row in before)
+    rows = ({"rollout": rollout, **_values(member)} for member in newest.values())
+    bulk.upsert(conn, members, _in_columns(members, rows))
     _count_members(conn, rollout, more)
 
 
@@ -306,11 +323,16 @@ def put_release(conn: Connection, name: str, values: Mapping[str, Any]) -> None:
 
 def put_orders(conn: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the orders of these devices; each starts unpublished."""
-    names = [row["device"] for row in rows]
-    for start in range(0, len(names), 500):
-        chunk = names[start : start + 500]
-        conn.execute(delete(desired).where(desired.c.device.in_(chunk)))
-    conn.execute(insert(desired), list(rows))
+    bulk.upsert(conn, desired, _in_columns(desired, rows))
+
+
+def _in_columns(table: Table, rows: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Rows as `bulk` takes them: in the table's order, JSON as text."""
+    columns = [(column.name, isinstance(column.type, JSON)) for column in table.columns]
+    return [
+        tuple(json.dumps(row[name]) if plain else row[name] for name, plain in columns)
+        for row in rows
+    ]
 
 
 def mark_published(conn: Connection, sent: Iterable[tuple[str, int]]) -> None:

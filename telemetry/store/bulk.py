@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Boolean,
     Connection,
@@ -126,6 +127,7 @@ _TYPES: tuple[tuple[type[TypeEngine[Any]], str], ...] = (
     (Boolean, "bool"),
     (Float, "float8"),
     (LargeBinary, "bytea"),
+    (JSON, "json"),
     (Text, "text"),
     (String, "varchar"),
 )

@@ -44,6 +44,7 @@ from telemetry.store.rollups import HOUR, Kind
 from telemetry.store.seen import Seen, unpack
 
 HEARING_GAP = 5.0  # seconds between two probes that still count as heard without a break
+_END = 1 << 62  # after every change
 _MANY = 10_000  # keys in one IN list
 
 _components = msgspec.json.Decoder(dict[str, ComponentReport])
@@ -135,9 +136,12 @@ class Store:
             ).one()
         return float(row[0]), float(row[1])
 
-    def devices_changed(self, since: int) -> Sequence[DeviceRow]:
+    def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:
         contacts = tables.contacts
         query = _devices().where(contacts.c.change > since)
+        if limit is not None:
+            last = _end_of_page(since, limit)
+            query = query.where(contacts.c.change <= func.coalesce(last.scalar_subquery(), _END))
         with reading(self._engine) as connection:
             rows = connection.execute(query.order_by(contacts.c.change, contacts.c.device))
             return [_device_row(row) for row in rows]
@@ -260,6 +264,12 @@ def _save(
     bulk.upsert(connection, tables.rollups, rollup_rows(changes), added=sums)
     counts = [(reason, n, now) for reason, n in sorted(refused(changes, batch).items())]
     bulk.upsert(connection, tables.refusals, counts, added=("n",))
+
+
+def _end_of_page(since: int, limit: int) -> Select[Any]:
+    """The change with which a page of about `limit` rows ends; a change is never cut in two."""
+    change = tables.contacts.c.change
+    return select(change).where(change > since).order_by(change).offset(limit - 1).limit(1)
 
 
 def _devices() -> Select[Any]:

@@ -68,7 +68,7 @@ class World:
     def hearing(self) -> tuple[float, float]:
         return self.heard, self.now
 
-    def devices_changed(self, since: int) -> Sequence[DeviceRow]:
+    def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:
         return sorted((r for r in self.rows.values() if r.change > since), key=lambda r: r.change)
 
     def device(self, device: str) -> DeviceRow | None:

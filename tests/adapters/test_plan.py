@@ -43,7 +43,7 @@ class Words:
     def hearing(self) -> tuple[float, float]:
         return 1_300_000.0, NOW
 
-    def devices_changed(self, since: int) -> Sequence[DeviceRow]:
+    def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:
         return list(self.rows.values())
 
     def device(self, device: str) -> DeviceRow | None:

@@ -1,0 +1,260 @@
+"""Brings orders up to what was decided: composes, signs and records those of the touched devices.
+
+Rules, in order:
+
+1. Who was touched waits here, the urgent first (a rollback's devices), each once.
+2. A part is composed at a time, small at first: its orders are on the wire while the others are
+   still being signed. Nobody is forgotten by a kill: after a start everybody waits.
+3. Only an order that differs from the last one is written; its generation is above all that the
+   device has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from controller.orders import Issuer, build
+from controller.rollout import desired, holdout, recovery, scope
+from controller.rollout.model import (
+    ActiveHold,
+    Device,
+    Member,
+    MemberState,
+    Order,
+    Proven,
+    Rollout,
+    RolloutState,
+)
+from controller.rollout.world import World
+from device_agent.protocol import Kind, Reason, State
+from telemetry.report import DeviceRow
+
+# Seconds before one order is issued again: a rollback that failed on its device, and a lease that
+# has passed by the device's clock (one that is wrong by years would ask for ever, at each report).
+AGAIN = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one transaction records: new orders with their rows, and devices that have none now."""
+
+    devices: Sequence[str] = ()  # all that were looked at
+    orders: Sequence[Order] = ()
+    rows: Sequence[dict[str, Any]] = ()
+    gone: Sequence[str] = ()
+
+
+class Dispatch:
+    def __init__(self, issuer: Issuer, members: Mapping[str, Iterable[str]]) -> None:
+        """`members`: rollout → its devices, the oldest rollout first."""
+        self._issuer = issuer
+        self._urgent: dict[str, None] = {}
+        self._rest: dict[str, None] = {}
+        self._again: dict[str, float] = {}  # device → when its order is issued once more
+        self._memberships: dict[str, tuple[str, ...]] = {}
+        for rollout, devices in members.items():
+            self.joined(rollout, devices)
+
+    def __len__(self) -> int:
+        return len(self._urgent) + len(self._rest)
+
+    def __contains__(self, device: object) -> bool:
+        """Does its order still have to be composed?"""
+        return device in self._urgent or device in self._rest
+
+    @property
+    def urgent(self) -> bool:
+        return bool(self._urgent)
+
+    def touch(self, devices: Iterable[str], *, urgent: bool = False) -> None:
+        """The orders of these may have to change."""
+        if not urgent:
+            self._rest.update(dict.fromkeys(devices))
+            return
+        for device in devices:
+            self._rest.pop(device, None)
+            self._urgent[device] = None
+
+    def due(self, now: float) -> set[str]:
+        """Devices whose order is issued once more."""
+        due = {name for name, at in self._again.items() if at <= now}
+        self._again = {name: at for name, at in self._again.items() if name not in due}
+        return due
+
+    def joined(self, rollout: str, devices: Iterable[str]) -> None:
+        """These are members of that rollout now, the newest of theirs."""
+        for device in devices:
+            known = self._memberships.get(device, ())
+            if rollout not in known:
+                self._memberships[device] = (*known, rollout)
+
+    def compose(self, world: World, most: int, now: float, *, before: float | None) -> Part:
+        """The next part: at most so many devices. `before`: when a lost database was found."""
+        names = self._take(most)
+        view = _View(world=world, now=now)
+        orders, rows, gone = [], [], []
+        for name in names:
+            device = world.devices.get(name)
+            if device is None:
+                continue
+            row, last = world.seen.get(name), world.orders.get(name)
+            if last is not None and (not device.governed or _moved_since(device, last)):
+                gone.append(name)
+                last = None
+            if not device.governed:
+                continue
+            place = view.place(device, row, last, self._memberships.get(name, ()), before)
+            made = self._order(world, place, row, now)
+            if made is not None:
+                orders.append(made[0])
+                rows.append(made[1])
+        return Part(devices=names, orders=orders, rows=rows, gone=gone)
+
+    def _take(self, most: int) -> list[str]:
+        source = self._urgent or self._rest
+        names = sorted(source) if len(source) <= most else list(source)[:most]
+        for name in names:
+            del source[name]
+        return names
+
+    def _order(
+        self, world: World, place: desired.Place, row: DeviceRow | None, now: float
+    ) -> tuple[Order, dict[str, Any]] | None:
+        target = desired.compose(place, world.catalog, now)
+        if target is None:
+            return None
+        last = place.last
+        again = place.foreign or self._stale(last, row, now)
+        if not (again or desired.differs(target, last, place.running)):
+            return None
+        if last is None and row is None:
+            return None  # never heard and never told: its first report says what it runs
+        if not _may_go(world, place, target):
+            return None
+        return build(self._issuer, place.device, target, world.catalog, last, row, now)
+
+    def _stale(self, last: Order | None, row: DeviceRow | None, now: float) -> bool:
+        """Must the same order go out again, under a new generation? Not yet: noted."""
+        if last is None or not _asks_again(last, row):
+            return False
+        if now > last.at + AGAIN:
+            return True
+        self._again[last.device] = last.at + AGAIN + 1
+        return False
+
+
+@dataclass(slots=True, kw_only=True)
+class _View:
+    """What many devices of one part share, worked out once."""
+
+    world: World
+    now: float
+    _holds: dict[str, list[ActiveHold]] = field(default_factory=dict)
+    _proven: dict[tuple[str, str], dict[str, Proven]] = field(default_factory=dict)
+    _withholding: dict[str, list[Rollout]] = field(default_factory=dict)
+
+    def place(
+        self,
+        device: Device,
+        row: DeviceRow | None,
+        last: Order | None,
+        memberships: Sequence[str],
+        before: float | None,
+    ) -> desired.Place:
+        world, fleet = self.world, device.fleet
+        speaking: list[tuple[Rollout, Member]] = []
+        past: dict[str, Member] = {}
+        for name in memberships:
+            member, rollout = world.members[name][device.id], world.rollouts[name]
+            if rollout.active and rollout.fleet == fleet:
+                speaking.append((rollout, member))
+            if member.previous is not None and member.state is not MemberState.DRAWN:
+                past[rollout.name] = member
+        if fleet not in self._holds:
+            self._holds[fleet] = [hold for hold in world.holds if hold.fleet == fleet]
+        declared = world.head.manifests.fleets.get(fleet) if world.head else None
+        return desired.Place(
+            device=device,
+            running=row.components if row else {},
+            last=last,
+            memberships=speaking,
+            past=past,
+            holds=[hold for hold in self._holds[fleet] if self._covers(hold, device, memberships)],
+            stops=world.stops,
+            proven=self._proven_for(device),
+            on_unknown=str(declared.on_unknown) if declared else "keep",
+            foreign=recovery.foreign(device, row, last, before),
+        )
+
+    def _covers(self, hold: ActiveHold, device: Device, memberships: Sequence[str]) -> bool:
+        """Is the device in the hold's scope? Steps and cohorts are those of the hold's rollout."""
+        if hold.whole:
+            return True
+        world = self.world
+        if scope.named(hold.scope):  # by who it is, not by where it stands in a rollout
+            return scope.covers(hold.scope, device, None, None)
+        for name in memberships:
+            rollout = world.rollouts[name]
+            if rollout.name == hold.rollout and rollout.digest == hold.digest:
+                member = world.members[name][device.id]
+                if scope.covers(hold.scope, device, member, world.pinned.get(name)):
+                    return True
+        return False
+
+    def _proven_for(self, device: Device) -> dict[str, Proven]:
+        fleet = device.fleet
+        if fleet not in self._withholding:
+            self._withholding[fleet] = [
+                rollout
+                for rollout in self.world.rollouts.values()
+                if rollout.fleet == fleet
+                and rollout.state is RolloutState.COMPLETED
+                and self.world.pinned[rollout.id].rollout.holdout is not None
+            ]
+        if self._withholding[fleet]:
+            without = holdout.withheld(
+                self._withholding[fleet], self.world.pinned, fleet, device.id, self.now
+            )
+            if without:
+                return self._newest(fleet, device.hardware, without)
+        key = (fleet, device.hardware)
+        if key not in self._proven:
+            self._proven[key] = self._newest(*key, frozenset())
+        return self._proven[key]
+
+    def _newest(self, fleet: str, hardware: str, without: frozenset[str]) -> dict[str, Proven]:
+        found: dict[str, Proven] = {}
+        for (name, component, kind), proven in self.world.proven.items():
+            if name != fleet or kind not in ("", hardware) or proven.release in without:
+                continue
+            best = found.get(component)
+            if best is None or proven.at > best.at or kind:
+                found[component] = proven
+        return found
+
+
+def _may_go(world: World, place: desired.Place, target: desired.Target) -> bool:
+    """Going back always; forward, or by a lost memory, only with Git and telemetry at hand."""
+    head = world.head
+    if target.kind is Kind.ROLLBACK:
+        return True
+    if place.foreign:
+        return head is not None and head.heard and not world.blind
+    if not desired.moves(target, place.running):
+        return True
+    return head is not None and head.asked and not world.blind
+
+
+def _moved_since(device: Device, order: Order) -> bool:
+    return device.moved_at is not None and device.moved_at > order.at
+
+
+def _asks_again(last: Order | None, row: DeviceRow | None) -> bool:
+    """Does it wait for a lease, or could it not go back for want of a download or a disk?"""
+    if last is None or row is None or row.generation != last.generation:
+        return False
+    if last.kind == Kind.INSTALL:
+        return Reason.LEASE_EXPIRED in row.blocked_by
+    return last.kind == Kind.ROLLBACK and row.state is State.FAILED
