@@ -15,7 +15,7 @@ from sqlalchemy import update as sql_update
 from bench.world import server, texts
 from bench.world.databases import Databases
 from bench.world.world import World
-from controller import audit, loop
+from controller import audit, dispatch, loop
 from controller.rollout import desired, drawing, judging, telling
 from controller.rollout.ears import Ears
 from controller.rollout.gate import Verdict
@@ -166,12 +166,13 @@ def no_fence(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgets_a_device(patch: pytest.MonkeyPatch) -> None:
-    order = loop.Loop._order
+    compose = dispatch.Dispatch.compose
 
-    def most(self: Any, conn: Any, dirty: Any, now: float) -> None:
-        order(self, conn, [d for d in dirty if d != "car-1" or not self._holds], now)
+    def most(self: Any, world: Any, *more: Any, **named: Any) -> Any:
+        known = {n: d for n, d in world.devices.items() if n != "car-1" or not world.holds}
+        return compose(self, replace(world, devices=known), *more, **named)
 
-    patch.setattr(loop.Loop, "_order", most)
+    patch.setattr(dispatch.Dispatch, "compose", most)
 
 
 def judges_by_hope(patch: pytest.MonkeyPatch) -> None:
