@@ -21,7 +21,7 @@ from bench.estate_evidence import Told, story
 from controller import audit, ulid
 from controller.manifests.kinds import Fleet, HealthPolicy, Release, Rollout
 from controller.rollout.waves import pin
-from controller.store import tables
+from controller.store import approvals, tables
 from controller.store.rollouts import put_meta
 from telemetry.store import bulk
 from telemetry.store import tables as heard
@@ -107,6 +107,8 @@ def fill(
             _devices(conn, tele, history, chance)
         tele.execute(heard.state.update().values(batch=2, hearing=now, hearing_at=now))
         _people(conn, now)
+        if opened["drones-alps"]:
+            _second_person(conn, opened["drones-alps"][-1], now)
     return Estate(devices=found, rollouts=opened)
 
 
@@ -524,6 +526,21 @@ def _order(device: str, runs: Release, now: float) -> tuple[Any, ...]:
     part = runs.artifacts[0]
     components = {part.component: {"release": runs.name, "digest": part.digest, "at": now - DAY}}
     return (device, 1, 1, "a.0", "install", json.dumps(components), None, b"{}", now - DAY, True)
+
+
+def _second_person(conn: Connection, rollout: str, now: float) -> None:
+    """A promotion that waits for somebody's yes."""
+    approvals.ask(
+        conn,
+        kind="promote",
+        fleet="drones-alps",
+        rollout=rollout,
+        seen={"kind": "promote", "name": "drones-alps-flight", "step": 1, "state": "Inconclusive"},
+        proposer="jon",
+        reason="the fleet is too small to prove it; flown for a week without a word",
+        needs=1,
+        now=now - 1_200,
+    )
 
 
 def _people(conn: Connection, now: float) -> None:

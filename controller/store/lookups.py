@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, func, select
 
 from controller.store.tables import (
+    approvals,
     audit,
     commands,
     decisions,
@@ -170,6 +171,16 @@ def waiting_commands(conn: Connection, rollout: str) -> list[Plain]:
         {"kind": row.kind, "actor": row.actor, "reason": row.reason, "at": when(row.at)}
         for row in conn.execute(query.order_by(commands.c.id))
     ]
+
+
+def waiting_approvals(conn: Connection, fleets: frozenset[str], limit: int) -> list[Plain]:
+    """What waits for a second person, newest first; what concerns all fleets too."""
+    query = select(approvals).where(approvals.c.state == "waiting")
+    if fleets:
+        query = query.where(approvals.c.fleet.in_(sorted(fleets)))
+    names = ("id", "kind", "fleet", "rollout", "proposer", "reason", "needs")
+    rows = conn.execute(query.order_by(approvals.c.id.desc()).limit(limit))
+    return [{name: getattr(row, name) for name in names} for row in rows]
 
 
 # -- devices --------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from controller.http.dashboard.live import Live
 from controller.http.dashboard.measured import Measured
 from controller.http.devicebook import DeviceBook
 from controller.rollout.model import Arm, Member, MemberState
+from controller.store import approvals, lookups, views
 from controller.store import rollouts as store
-from controller.store import views
 from controller.store.database import open_control
 from controller.store.tables import commands, devices, member_counts, members, rollouts
 from controller.tokens import Role
@@ -170,6 +170,36 @@ def test_templates_hold_no_inline_script_style_or_handler() -> None:
         assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son[a-z]+=|hx-on", text), (
             file
         )
+
+
+def test_what_two_people_must_want_waits_for_the_second(house: Any) -> None:
+    house.add_rollout()
+    with writing(house.deps.engine) as conn:
+        approvals.put_rule(conn, "eu", {"start": 1, "recall": 1, "widen": 2, "lift": 1})
+    fields = {**form(house.client, "/rollouts/cars/promote"), "reason": "no time <b>"}
+    house.client.post("/rollouts/cars/promote", data=fields)
+    with reading(house.deps.engine) as conn:
+        assert conn.execute(select(func.count()).select_from(commands)).scalar_one() == 0
+        (waiting,) = lookups.waiting_approvals(conn, frozenset(), 9)
+    path = f"/approvals/{waiting['id']}"
+    for page in ("/", "/oncall", "/rollouts/cars"):
+        assert path in house.client.get(page, headers=HTML).text, page
+    assert "somebody else approves" in house.client.get(path, headers=HTML).text
+    own = house.client.post(f"{path}/approve", data=form(house.client, path), headers=HTML)
+    assert own.status_code == 403
+
+    second = house.client_from("127.0.0.1")
+    token = house.token(Role.RELEASE_MANAGER, ("eu",))["Authorization"].removeprefix("Bearer ")
+    second.post("/login", data={**form(second, "/login"), "token": token})
+    given = form(second, path)
+    old = second.post(f"{path}/approve", data={**given, "digest": "sha256:" + "0" * 64})
+    assert old.status_code == 412
+    done = second.post(f"{path}/approve", data=given, follow_redirects=False)
+    assert done.status_code == 303
+    with reading(house.deps.engine) as conn:
+        command = conn.execute(select(commands)).one()
+    assert (command.kind, command.reason) == ("promote", "no time <b>")
+    assert "GRANTED" in second.get(path, headers=HTML).text
 
 
 # -- counters -------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, expect
 
 from controller.roles import Role
+from controller.store import lookups
+from telemetry.store.database import reading
 from tests.browser.served import SHOTS, Site, end, log_in, serve, watch
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -18,6 +20,11 @@ WIDTHS = {360: 740, 1280: 900}
 LIVE_MS = 20_000  # a busy machine is no fault of the page
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 OPTIONS = {"runOnly": RULES, "resultTypes": ["violations"]}
+
+
+def _waiting(site: Site) -> str:
+    with reading(site.engine) as conn:
+        return str(lookups.waiting_approvals(conn, frozenset(), 1)[0]["id"])
 
 
 def paths(site: Site) -> dict[str, str]:
@@ -38,12 +45,14 @@ def paths(site: Site) -> dict[str, str]:
         "decisions": "/decisions",
         "audit": "/audit",
         "board": "/board",
+        "approval": f"/approvals/{_waiting(site)}",
     }
 
 
 PAGES = (
     "overview", "rollouts", "rollout-soaking", "rollout-back", "dialog-rollback", "dialog-promote",
     "stop", "oncall", "devices", "device", "releases", "release", "decisions", "audit", "board",
+    "approval",
 )  # fmt: skip
 
 

@@ -159,9 +159,9 @@ def _record(page: Scene, rollout: str, verb: str, fields: Mapping[str, str]) -> 
     with reading(page.deps.engine) as conn:
         row = found_rollout(Eyes(page.deps, page.book, page.census, page.who, conn), rollout)
     must(page.who, VERBS[verb][1], row.fleet)
-    body = _checked(bodies.Verb, {
-        "reason": _text(fields, "reason"),
-        "incident": _text(fields, "incident") or None,
+    body = checked(bodies.Verb, {
+        "reason": text_of(fields, "reason"),
+        "incident": text_of(fields, "incident") or None,
         "if_revision": _whole(fields.get("revision", "")),
     })  # fmt: skip
     part = _scope(fields.get("scope", ""), verb)
@@ -178,7 +178,7 @@ def _record(page: Scene, rollout: str, verb: str, fields: Mapping[str, str]) -> 
         if_revision=body.if_revision,
         now=page.deps.clock(),
     )
-    _poke(page)
+    poke(page)
 
 
 def _name_typed(
@@ -187,7 +187,7 @@ def _name_typed(
     if verb != "rollback":
         return
     plan = commands.preview(page.deps.engine, kind=verb, rollout=rollout)
-    if plan["devices"] > blast.TYPE_THE_NAME and _text(fields, "name") != fleet:
+    if plan["devices"] > blast.TYPE_THE_NAME and text_of(fields, "name") != fleet:
         raise commands.Refused(422, f"type the fleet's name, {fleet}, to confirm so many devices")
 
 
@@ -214,10 +214,10 @@ def _stop_dialog(page: Scene, typed: Mapping[str, str], code: int = 200, why: st
 def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
     ends = fields.get("lift") == "true"
     must_everywhere(page.who, Right.START if ends else Right.STOP, "a stop reaches all of them")
-    body = _checked(bodies.Stop, {
+    body = checked(bodies.Stop, {
         "scope": fields.get("scope", ""),
-        "value": _text(fields, "value"),
-        "reason": _text(fields, "reason"),
+        "value": text_of(fields, "value"),
+        "reason": text_of(fields, "reason"),
         "lift": ends,
     })  # fmt: skip
     commands.record(
@@ -231,10 +231,10 @@ def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
         if_revision=None,
         now=page.deps.clock(),
     )
-    _poke(page)
+    poke(page)
 
 
-def _checked(kind: Any, data: Mapping[str, Any]) -> Any:
+def checked(kind: Any, data: Mapping[str, Any]) -> Any:
     """A body as the API takes it; raises Refused 422 with the first fault."""
     try:
         return kind.model_validate(data)
@@ -244,7 +244,8 @@ def _checked(kind: Any, data: Mapping[str, Any]) -> Any:
         raise commands.Refused(422, f"{field}: {fault['msg']}") from None
 
 
-def _text(fields: Mapping[str, str], name: str) -> str:
+def text_of(fields: Mapping[str, str], name: str) -> str:
+    """A field of a form, as it was typed."""
     # Browsers send line ends as CR LF, whatever was typed.
     return fields.get(name, "").replace("\r\n", "\n").strip()
 
@@ -255,7 +256,8 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _poke(page: Scene) -> None:
+def poke(page: Scene) -> None:
+    """Wake the loop: something was recorded."""
     if page.deps.poke is not None:
         page.deps.poke()
     else:

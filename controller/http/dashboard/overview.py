@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.http.dashboard.census import UNHEARD, Counts
-from controller.http.dashboard.signs import Sign, Tone, of_rollout
+from controller.http.dashboard.signs import Sign, Tone, of_rollout, sign
 from controller.http.dashboard.tally import Tally, tally
 from controller.rollout.model import ACTIVE
 
@@ -95,7 +95,9 @@ def shares(runs: Mapping[tuple[str, str], int], total: int, newest: Plain | None
     return tally(parts)
 
 
-def asks(rollouts: Iterable[Plain], paging: frozenset[str], git: Plain) -> tuple[Ask, ...]:
+def asks(
+    rollouts: Iterable[Plain], paging: frozenset[str], git: Plain, approvals: Iterable[Plain] = ()
+) -> tuple[Ask, ...]:
     """What needs a person, most urgent first. `paging`: rollouts whose last verdict asks for one.
 
     Stops in force stand in a banner on every page, so they are not repeated here.
@@ -113,6 +115,7 @@ def asks(rollouts: Iterable[Plain], paging: frozenset[str], git: Plain) -> tuple
             )
             found.append((urgency, ask))
     found.extend((3, ask) for ask in _git_asks(git))
+    found.extend((3, _approval(one)) for one in approvals)
     return tuple(ask for _, ask in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -124,6 +127,18 @@ def _urgency(one: Plain, paging: frozenset[str]) -> tuple[int, str]:
     if one["state"] in ASKS:
         return 4, "decide"
     return 0, ""
+
+
+def _approval(one: Plain) -> Ask:
+    """`one`: id, kind, fleet, proposer, reason, needs of what waits for a second person."""
+    people = "one more person" if one["needs"] == 1 else f"{one['needs']} more people"
+    return Ask(
+        sign=sign("Approval", Tone.WAIT),
+        title=f"{one['kind']} in {one['fleet'] or 'every fleet'}",
+        sentence=f"asked by {one['proposer']}, waits for {people}: {one['reason']}",
+        href=f"/approvals/{one['id']}",
+        verb="decide",
+    )
 
 
 def _git_asks(git: Plain) -> Sequence[Ask]:
@@ -138,5 +153,10 @@ def _git_asks(git: Plain) -> Sequence[Ask]:
 
 
 def _git_ask(title: str, sentence: str) -> Ask:
-    sign = Sign(word="Git", tone=Tone.BAD, icon="alert")
-    return Ask(sign=sign, title=title, sentence=sentence, href="/#git", verb="mend it in Git")
+    return Ask(
+        sign=sign("Git", Tone.BAD),
+        title=title,
+        sentence=sentence,
+        href="/#git",
+        verb="mend it in Git",
+    )

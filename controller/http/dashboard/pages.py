@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from sqlalchemy import func, select
 
-from controller.http.dashboard import acts, lists, records, refusals, routes
+from controller.http.dashboard import acts, approving, lists, records, refusals, routes
 from controller.http.dashboard.census import Census
 from controller.http.dashboard.live import Live
 from controller.http.dashboard.measured import Measured
@@ -15,7 +15,7 @@ from controller.http.ports import Deps
 from controller.store.tables import audit, devices, rollouts
 from telemetry.store.database import reading
 
-routers = (lists.router, routes.router, records.router, acts.router)
+routers = (lists.router, routes.router, records.router, approving.router, acts.router)
 
 
 def install(app: FastAPI, deps: Deps) -> None:

@@ -84,7 +84,8 @@ def _overview(eyes: Eyes, _: str) -> Plain:
         )
         for name in sorted({*counts, *by_fleet})
     ]  # fmt: skip
-    asks = overview.asks(told.values(), _paging(conn, list(told)), git)
+    waiting = lookups.waiting_approvals(conn, seen, 50)
+    asks = overview.asks(told.values(), _paging(conn, list(told)), git, waiting)
     return {
         "fleets": cards,
         "devices": sum(card.total for card in cards),
@@ -164,6 +165,11 @@ def _rollout(eyes: Eyes, name: str) -> Plain:
         ),
         "verbs": rollout_page.verbs(one, eyes.who, active),
         "waiting": lookups.waiting_commands(conn, row.id),
+        "approvals": [
+            one
+            for one in lookups.waiting_approvals(conn, eyes.who.fleets, 50)
+            if one["rollout"] == row.id
+        ],
         "fixes": fixes,
         "after": sorted(_owners(conn, before)),
         "total": member_tally(one["members"]["devices"]),
@@ -244,7 +250,7 @@ def _oncall(eyes: Eyes, _: str) -> Plain:
     return {
         "rollouts": urgent,
         "git": git,
-        "git_asks": [ask for ask in overview.asks([], frozenset(), git)],
+        "git_asks": overview.asks([], frozenset(), git, lookups.waiting_approvals(conn, seen, 20)),
         "decisions": decided(conn, seen, 20),
         "title": "On call",
     }
