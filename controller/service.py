@@ -90,6 +90,7 @@ def run_ingest(settings: Settings, stopping: threading.Event) -> None:
             username=username,
             password=password,
             client_id=own.client_id,
+            session_expiry=own.session_expiry,
             store=telemetry_store(settings),
             registry=lambda: _statuses(engine),
             retention=settings.retention,

@@ -60,6 +60,7 @@ class Role:
     password: str | None = None
     ca_file: str | None = None
     client_id: str = "bw-ingest-1"  # stable: the broker keeps what came while we were away
+    session_expiry: int = 7 * 86_400  # seconds
     retention: float = Retention().raw  # seconds that raw messages are kept
     limits: Limits = field(default_factory=Limits)
     linger: float = 0.05
@@ -75,6 +76,7 @@ class Role:
         return Options(
             url=self.url,
             client_id=self.client_id,
+            session_expiry=self.session_expiry,
             username=self.username,
             password=self.password,
             ca_file=self.ca_file,

@@ -23,6 +23,15 @@ class Seat:
     number: int  # from 1
     client_id: str
 
+    @property
+    def session_expiry(self) -> int:
+        """Seconds for which the broker keeps the session of a process that is gone.
+
+        The first seat's keeps what comes while no ingest runs at all. Those of helpers must end
+        soon: a shared subscription goes on to deal out messages to sessions that nobody attends.
+        """
+        return 7 * 86_400 if self.number == 1 else 60
+
 
 @contextlib.contextmanager
 def take(state_dir: Path) -> Iterator[Seat]:

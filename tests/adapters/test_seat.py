@@ -28,6 +28,7 @@ def test_two_processes_have_two_sessions_and_each_finds_its_own_again(tmp_path: 
             name = other.stdout.readline().strip()
             with seat.take(tmp_path) as third:
                 assert [first.number, third.number] == [1, 3]
+                assert first.session_expiry > 86_400 > third.session_expiry
                 assert len({first.client_id, name, third.client_id}) == 3
             other.kill()
         with seat.take(tmp_path) as again:  # its lock ended with it
