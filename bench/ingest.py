@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 from sqlalchemy import Engine
 
 from bench import servers
@@ -42,6 +44,7 @@ class Measured:
     ingest: float
     peer: float
     sent: float  # how fast the load was published while the ingest received it
+    cpu: float  # µs of processor time that the ingest process spent on a message
 
 
 def run(options: Options) -> list[Row]:
@@ -113,6 +116,8 @@ def _more(measured: list[Measured], own: float, peer: float) -> dict[str, object
     return {
         "of_peer": round(own / peer, 3),
         "peer_messages_per_s": round(peer),
+        "cpu_us_per_message": round(statistics.median(m.cpu for m in measured), 1),
+        "load_1m": round(os.getloadavg()[0], 1),  # of a machine that others may use as well
         "spread": " ".join(f"{m.ingest / m.peer:.2f}" for m in measured),
     }
 
@@ -126,7 +131,7 @@ def _shared(plan: Plan, root: Path) -> Row:
             stack.enter_context(servers.ingest(root, port, None, engine))
         told = _publish(port, plan)
         honest = len(plan.stream) - sum(plan.refused.values())
-        servers.until(lambda: _settled(engine) >= len(plan.stream), "two ingest processes")
+        servers.until(lambda: _settled(engine, plan), "two ingest processes")
         seconds = time.monotonic() - told["began"]
     check(engine, plan)
     engine.dispose()
@@ -138,11 +143,13 @@ def _shared(plan: Plan, root: Path) -> Row:
     )
 
 
-def _settled(engine: Engine) -> int:
-    """Messages that were counted or refused so far."""
-    health = servers.rows(engine, "SELECT count(*) FROM telemetry_health")[0][0]
-    seen = servers.rows(engine, "SELECT sum(n) FROM telemetry_refusals")[0][0]
-    return int(str(health)) + int(str(seen or 0))
+def _settled(engine: Engine, plan: Plan) -> bool:
+    """Is everything counted or refused? Nobody's last message is the last of two processes."""
+    reports = 2 * plan.devices  # neither health nor refused: seen by the state that they leave
+    last = f"SELECT count(*) FROM telemetry_reports WHERE generation = {plan.each - 1}"  # noqa: S608
+    counts = ("SELECT count(*) FROM telemetry_health", "SELECT sum(n) FROM telemetry_refusals")
+    numbers = [int(str(servers.rows(engine, query)[0][0] or 0)) for query in (*counts, last)]
+    return numbers[0] + numbers[1] + reports >= len(plan.stream) and numbers[2] == plan.devices
 
 
 def _measure(plan: Plan, server: str | None, root: Path) -> Measured:
@@ -151,13 +158,20 @@ def _measure(plan: Plan, server: str | None, root: Path) -> Measured:
     state = root / "ingest"
     with servers.database(server) as database:
         engine = servers.plant(state, database, plan.names)
-        with servers.broker(state) as port, servers.ingest(state, port, database, engine):
+        with servers.broker(state) as port, servers.ingest(state, port, database, engine) as child:
+            process = psutil.Process(child.pid)
+            before = sum(process.cpu_times()[:2])
             told = _publish(port, plan, await_ack=True)
+            cpu = sum(process.cpu_times()[:2]) - before
         check(engine, plan)
         engine.dispose()
     count = len(plan.stream)
-    own = count / (told["acked"] - told["began"])
-    return Measured(ingest=own, peer=peer, sent=count / (told["sent"] - told["began"]))
+    return Measured(
+        ingest=count / (told["acked"] - told["began"]),
+        peer=peer,
+        sent=count / (told["sent"] - told["began"]),
+        cpu=1e6 * cpu / count,
+    )
 
 
 def _peer(plan: Plan, root: Path) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from uuid import uuid4
 
+import psycopg
 from sqlalchemy import Engine, NullPool, create_engine
 from sqlalchemy.engine import make_url
 
@@ -73,7 +74,7 @@ def postgres(root: Path) -> Iterator[str]:
     initdb = shutil.which("initdb", path=f"{PATH}:{places[-1] if places else ''}")
     if initdb is None:
         raise Missing("initdb is missing: install the package `postgresql` (scripts/test does)")
-    binaries, port, home = Path(initdb).parent, _free_port(), root / "postgres"
+    binaries, port, home = Path(initdb).resolve().parent, _free_port(), root / "postgres"
     home.mkdir(parents=True)
     user = None
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
@@ -89,8 +90,8 @@ def postgres(root: Path) -> Iterator[str]:
     own = {"user": user, "group": user, "extra_groups": []} if user else {}
     with _child(server, end=signal.SIGINT, cwd=home, stderr=subprocess.DEVNULL, **own) as child:
         _listening(port, child)
-        ready = [str(binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
-        until(lambda: subprocess.run(ready, check=False).returncode == 0, "PostgreSQL")
+        url = f"host=127.0.0.1 port={port} user=bellwether dbname=postgres"
+        until(lambda: _answers(url), "PostgreSQL")
         yield f"postgresql+psycopg://bellwether@127.0.0.1:{port}/postgres"
 
 
@@ -178,6 +179,13 @@ def _child(
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def _answers(address: str) -> bool:
+    with contextlib.suppress(psycopg.OperationalError):  # listens already, but is starting up
+        psycopg.connect(address).close()
+        return True
+    return False
 
 
 def _as(user: str | None, words: Sequence[str], cwd: Path) -> None:

@@ -17,7 +17,7 @@ _PRAGMAS = (
     "journal_mode=WAL",
     "synchronous=FULL",
     "foreign_keys=ON",
-    "cache_size=-16000",  # KiB: the pages that every batch of a fleet of 10,000 touches
+    "cache_size=-8000",  # KiB: the pages that every batch of some thousand devices touches
     "wal_autocheckpoint=8000",  # pages: a large batch fills the default of 1,000 every time
 )
 IDLE_MS = 60_000  # after which PostgreSQL ends a transaction whose owner says nothing

@@ -61,12 +61,16 @@ class Rollups:
 
     def __init__(self) -> None:
         self._devices: dict[str, DeviceSums] = {}
-        self.shifted = 0  # messages whose clock was not plausible
+
+    @property
+    def shifted(self) -> int:
+        """Messages whose clock was not plausible."""
+        return sum(sums.shifted for sums in self._devices.values())
 
     def of(self, device: str) -> DeviceSums:
         found = self._devices.get(device)
         if found is None:
-            found = self._devices[device] = DeviceSums(self)
+            found = self._devices[device] = DeviceSums()
         return found
 
     def rows(self) -> list[Row]:
@@ -79,10 +83,10 @@ class Rollups:
 
 
 class DeviceSums:
-    """What one device adds in a batch."""
+    """What one device adds in a batch. It does not know its batch: a cycle would outlive it."""
 
-    def __init__(self, batch: Rollups) -> None:
-        self._batch = batch
+    def __init__(self) -> None:
+        self.shifted = 0
         self.hours: dict[int, _Hour] = {}
 
     def add(self, message: Measured, now: float) -> tuple[float, dict[str, Sums]]:
@@ -92,7 +96,7 @@ class DeviceSums:
         start = message.t0
         if not (now - PAST <= start and start + seconds <= now + FUTURE):
             start = max(now - seconds, now - PAST)
-            self._batch.shifted += 1
+            self.shifted += 1
         first, last = int(start // HOUR), int((start + seconds) // HOUR)
         hour = self.hours.get(first) or self._hour(first)
         counters, exposure = hour.counters, hour.exposure
