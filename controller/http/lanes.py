@@ -28,7 +28,8 @@ from controller.settings import is_loopback
 P = ParamSpec("P")
 T = TypeVar("T")
 _STOP = re.compile(
-    r"/api/v1/(stop|rollouts/[^/]+:(rollback|hold|pause))|/(stop|rollouts/[^/]+/(rollback|hold|pause))"
+    r"/api/v1/(stop|rollouts/[^/]+:(rollback|hold|pause))"
+    r"|/(stop|rollouts/[^/]+/(rollback|hold|pause))"  # the same by a form of the pages
 )
 _PROBES = frozenset({"/livez", "/readyz"})
 _STOP_RATE = 20.0  # a second, of one caller: a person needs one, a runaway script gets no more
@@ -59,7 +60,7 @@ class Lanes:
         if trusted and not credential and is_loopback(address):
             return 0.0
         if scope["method"] == "POST" and _STOP.fullmatch(path):
-            lane, rate = "stop", min(self._rate, _STOP_RATE)
+            lane, rate = "stop", _STOP_RATE
         else:
             lane, rate = "usual", self._rate
         caller = sha256(credential.encode()).hexdigest() if credential else address

@@ -24,6 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from controller import sessions, tokens
 from controller.http import access
 from controller.http.dashboard import rendering
+from controller.http.lanes import Lanes
 from controller.http.ports import Given
 from controller.http.problems import Problem
 from controller.roles import Principal, Right
@@ -41,8 +42,15 @@ class LoginNeeded(Exception):
         self.path = path
 
 
-def visitor(request: Request) -> Principal:
+async def visitor(request: Request) -> Principal:
     """A page's dependency: who is looking. Sends browsers of nobody to the login page."""
+    if request.method == "GET":
+        return await run_in_threadpool(_visitor, request)
+    lanes: Lanes = request.app.state.lanes  # a form may be a stop: it has threads of its own
+    return await lanes.stopping(_visitor, request)
+
+
+def _visitor(request: Request) -> Principal:
     try:
         who = access.from_cookie(request) or access.authenticate(request)
     except Problem as problem:
@@ -57,7 +65,8 @@ def visitor(request: Request) -> Principal:
 async def submitted(request: Request) -> Submitted:
     """A form's dependency: its person and its fields, when the form is one of ours."""
     fields = await _fields(request)
-    who = await run_in_threadpool(_author, request)
+    lanes: Lanes = request.app.state.lanes
+    who = await lanes.stopping(_author, request)
     access.check_csrf(who, fields.get("csrf", ""))
     return Submitted(who, fields)
 

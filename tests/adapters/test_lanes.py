@@ -55,6 +55,8 @@ def test_a_stop_has_a_lane_of_its_own() -> None:
     assert lanes.wait(scope("/api/v1/devices", token="a"), False) > 0
     for path in ("stop", "rollouts/cars:rollback", "rollouts/cars:hold", "rollouts/cars:pause"):
         assert lanes.wait(scope(f"/api/v1/{path}", "POST", token="a"), False) == 0.0, path
+    for path in ("stop", "rollouts/cars/rollback"):  # the pages' buttons
+        assert lanes.wait(scope(f"/{path}", "POST", token="a"), False) == 0.0, path
     assert lanes.wait(scope("/api/v1/rollouts/cars:promote", "POST", token="a"), False) > 0
 
 
@@ -118,6 +120,36 @@ def test_a_stop_is_taken_while_every_other_thread_is_busy(
             return done.status_code
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == 202
+
+
+def test_a_button_is_taken_while_every_other_thread_is_busy(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def stuck(*_: Any, **__: Any) -> list[Any]:
+        release.wait(30)
+        return []
+
+    monkeypatch.setattr(views, "list_audit", stuck)
+
+    async def story() -> int:
+        transport = httpx2.ASGITransport(house.app, client=("127.0.0.1", 1))
+        async with httpx2.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1:8420"
+        ) as client:
+            waiting = [asyncio.create_task(client.get("/api/v1/audit")) for _ in range(60)]
+            await asyncio.sleep(0.2)
+            form = {"csrf": house.app.state.local_csrf, "scope": "all", "reason": "smoke"}
+            try:
+                done = await client.post("/stop", data=form)
+                assert not any(task.done() for task in waiting)
+            finally:
+                release.set()
+            await asyncio.gather(*waiting)
+            return done.status_code
+
+    assert asyncio.run(asyncio.wait_for(story(), 60)) == 303
 
 
 def test_every_listener_gets_every_event_once_and_in_order(

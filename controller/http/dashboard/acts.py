@@ -69,12 +69,17 @@ def stop_dialog(page: Page) -> Response:
 
 
 @router.post("/stop")
-def stop(page: Page, form: Form) -> Response:
+async def stop(page: Page, form: Form) -> Response:
     page.who = form.who
+    lanes: Lanes = page.request.app.state.lanes
+    return await lanes.stopping(_stop, page, form.fields)
+
+
+def _stop(page: Scene, fields: Mapping[str, str]) -> Response:
     try:
-        _record_stop(page, form.fields)
+        _record_stop(page, fields)
     except commands.Refused as refused:
-        return _stop_dialog(page, form.fields, refused.code, refused.message)
+        return _stop_dialog(page, fields, refused.code, refused.message)
     return RedirectResponse("/oncall", 303)
 
 

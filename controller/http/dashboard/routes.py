@@ -24,7 +24,7 @@ router = APIRouter(include_in_schema=False)
 class Scene:
     """One person's request for a page."""
 
-    def __init__(self, request: Request, deps: Given, who: Visitor) -> None:
+    def __init__(self, request: Request, deps: Deps, who: Principal) -> None:
         self.request: Request = request
         self.deps: Deps = deps
         self.who: Principal = who
@@ -45,7 +45,12 @@ class Scene:
         return rendering.live_part(sight.template, shown)
 
 
-Page = Annotated[Scene, Depends(Scene)]
+async def scene(request: Request, deps: Given, who: Visitor) -> Scene:
+    # `async`: a stop's button must not wait for a free thread.
+    return Scene(request, deps, who)
+
+
+Page = Annotated[Scene, Depends(scene)]
 
 
 @router.get("/")
