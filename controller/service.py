@@ -21,6 +21,7 @@ from pathlib import Path
 import structlog
 import uvicorn
 from sqlalchemy import Engine, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from controller import controller_role
 from controller.broker_admin import BrokerAdmin
@@ -55,9 +56,15 @@ def control_engine(settings: Settings) -> Engine:
     return open_control(settings.control_url)
 
 
-def telemetry_store(settings: Settings) -> Store:
+def telemetry_store(settings: Settings, *, needed: bool = False) -> Store:
+    """Telemetry, its schema made; a role that does not need it begins without, and tries later."""
     engine = open_engine(settings.telemetry_url)
-    create_schema(engine)
+    try:
+        create_schema(engine)
+    except SQLAlchemyError as error:
+        if needed:
+            raise
+        log.error("telemetry_unavailable", detail=str(error).splitlines()[0])
     return Store(engine)
 
 
@@ -91,7 +98,7 @@ def run_ingest(settings: Settings, stopping: threading.Event) -> None:
             password=password,
             client_id=own.client_id,
             session_expiry=own.session_expiry,
-            store=telemetry_store(settings),
+            store=telemetry_store(settings, needed=True),
             registry=lambda: _statuses(engine),
             retention=settings.retention,
         )

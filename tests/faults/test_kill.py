@@ -1,0 +1,113 @@
+"""kill -9 of whoever runs, at random moments of the whole story, from outside: it ends the same.
+
+Random moments; the seed is printed with a failure and plays again by BELLWETHER_FAULT_SEED.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from telemetry.store import seen
+
+from .proxy import seed
+
+pytestmark = [pytest.mark.story, pytest.mark.timeout(900), pytest.mark.xdist_group("story")]
+
+DEVICES = 90
+
+
+class Killer:
+    """Kills one of those that --pids names, now and then; watches that no held digest is told."""
+
+    def __init__(self, pids: Path, control: Path, number: int, pause: float) -> None:
+        self.killed: list[str] = []
+        self.told_held: set[tuple[str, str]] = set()
+        self._pids, self._control, self._pause = pids, control, pause
+        self._dice = random.Random(number)
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._kill), threading.Thread(target=self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _kill(self) -> None:
+        while not self._ended.wait(self._dice.uniform(0.5, 1.5) * self._pause):
+            with contextlib.suppress(OSError, ValueError):
+                names = json.loads(self._pids.read_text())
+                name = self._dice.choice(sorted(names))
+                os.kill(names[name], signal.SIGKILL)
+                self.killed.append(name)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.3):
+            with contextlib.suppress(sqlite3.Error):
+                self._look()
+
+    def _look(self) -> None:
+        with contextlib.closing(sqlite3.connect(f"file:{self._control}?mode=ro", uri=True)) as db:
+            held = db.execute("SELECT artifacts, created_at FROM holds WHERE lifted_at IS NULL")
+            for artifacts, since in held.fetchall():
+                later = "SELECT device, components, at FROM desired WHERE at > ?"
+                for device, components, _ in db.execute(later, (since,)):
+                    digests = {told["digest"] for told in json.loads(components).values()}
+                    for digest in digests & set(json.loads(artifacts)):
+                        self.told_held.add((device, digest))
+
+
+@pytest.mark.parametrize("pause", [25.0, pytest.param(12.0, marks=pytest.mark.long)])
+def test_the_story_ends_the_same_whoever_is_killed(tmp_path: Path, pause: float) -> None:
+    number = seed()
+    root, pids = tmp_path / "demo", tmp_path / "pids.json"
+    words = ["demo", "--check", "--output", "json", "--devices", str(DEVICES)]
+    words += ["--seed", str(number % 1000), "--pids", str(pids), "--keep", str(root)]
+    with (tmp_path / "demo.err").open("wb") as errors:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "controller.cli", *words], stdout=subprocess.PIPE, stderr=errors
+        )
+    killer = Killer(pids, root / "state" / "control.db", number, pause)
+    said, _ = demo.communicate()
+    killer.stop()
+    story = json.loads(said)
+    assert (demo.returncode, story["ok"]) == (0, True), f"{story.get('error')} {killer.killed}"
+    assert killer.killed
+    names = [act["act"] for act in story["acts"]]
+    for act in ("complete 10.2.0", "rollback 10.3.0", "hold 10.3.0", "complete 10.3.1"):
+        assert act in names
+    assert story["acts"][-1]["devices"] == {"10.3.1": DEVICES}
+    assert killer.told_held == set()
+    assert lost(root) == {}
+    doctor = subprocess.run(
+        [sys.executable, "-m", "controller.cli", "doctor", "--state-dir", str(root / "state")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+
+
+def lost(root: Path) -> dict[tuple[str, str], list[int]]:
+    """(device, boot) → messages that the device no longer keeps and the server never counted."""
+    found: dict[tuple[str, str], list[int]] = {}
+    with contextlib.closing(sqlite3.connect(root / "state" / "telemetry.db")) as db:
+        boots = db.execute("SELECT device, boot, high, missing FROM telemetry_boots").fetchall()
+    for device, boot, high, missing in boots:
+        bits = seen.unpack(missing)
+        gaps = {high - 1 - k for k in range(bits.bit_length()) if bits >> k & 1} - {0}
+        with contextlib.closing(sqlite3.connect(root / "cars" / device / "outbox.db")) as box:
+            kept = {n for (n,) in box.execute("SELECT seq FROM message WHERE boot = ?", (boot,))}
+        if gaps - kept:
+            found[device, boot] = sorted(gaps - kept)
+    return found
