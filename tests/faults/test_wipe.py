@@ -65,13 +65,13 @@ def kill_all(story: Story) -> None:
 def test_a_wiped_control_database_changes_no_device_and_waits_for_a_person(story: Story) -> None:
     story.set_up()
     story.baseline()
-    story._release("10.2.0", "to be held")
+    story.release("10.2.0", "to be held")
     eventually(lambda: rollouts(story), PATIENCE, "10.2.0 opens")
     name = rollouts(story)[0]["name"]
     bellwether(story, "rollback", name, "--reason", "a test")
     eventually(lambda: story.repository.holds(), PATIENCE, "the hold is in Git")
     eventually(lambda: story._counts() == {"10.1.0": 30}, PATIENCE, "all are back")
-    story._release("10.2.1", "the next one")
+    story.release("10.2.1", "the next one")
     eventually(lambda: story._counts().get("10.2.1", 0) >= 3, PATIENCE, "its canary runs it")
     bellwether(story, "pause", name)
     time.sleep(3)  # what was told before the pause arrives
