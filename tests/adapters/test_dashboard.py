@@ -270,7 +270,7 @@ def test_a_stream_sends_what_differs_and_shares_the_work() -> None:
 
     async def first(live: Live, n: int) -> list[bytes]:
         async def part() -> bytes:
-            stream = live.follow("page", lambda: (rendered.append(1), f"v{marks[0]}\nline")[1])
+            stream = await live.join("page", lambda: (rendered.append(1), f"v{marks[0]}\nline")[1])
             async for event in stream:
                 if event.startswith(b"data: v1"):
                     return event

@@ -39,10 +39,17 @@ class _Topic:
 
     render: Callable[[], str]
     html: str = ""
-    version: int = 0
+    version: int = 0  # 0: not rendered yet
     watchers: int = 0
     mark: Any = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    first: asyncio.Lock = field(default_factory=asyncio.Lock)
+    sent: tuple[int, bytes] = (0, b"")  # (version, its event): made once for everybody
+
+    def event(self) -> bytes:
+        if self.sent[0] != self.version:
+            self.sent = self.version, _event(self.html)
+        return self.sent[1]
 
 
 class Live:
@@ -53,19 +60,33 @@ class Live:
         self._topics: dict[Key, _Topic] = {}
         self._turn: asyncio.Task[None] | None = None
 
-    async def follow(self, key: Key, render: Callable[[], str]) -> AsyncIterator[bytes]:
-        """Server-sent events of one page, until the stream's time is over."""
+    async def join(self, key: Key, render: Callable[[], str]) -> AsyncIterator[bytes]:
+        """The server-sent events of one page; raises what its first rendering raises.
+
+        Whoever comes while the page is being rendered waits for it instead of doing it again.
+        """
         topic = self._topics.setdefault(key, _Topic(render))
+        try:
+            async with topic.first:
+                if not topic.version:
+                    topic.html, topic.version = await run_in_threadpool(topic.render), 1
+        except BaseException:
+            self._leave(key, topic)
+            raise
+        return self._follow(key, topic)
+
+    async def _follow(self, key: Key, topic: _Topic) -> AsyncIterator[bytes]:
+        topic = self._topics.setdefault(key, topic)  # the last one may have left meanwhile
         topic.watchers += 1
         self._start()
         loop = asyncio.get_running_loop()
-        ends, sent = loop.time() + STREAM_LASTS, -1
+        ends, sent = loop.time() + STREAM_LASTS, 0
         try:
             yield b"retry: 1000\n\n"
             while loop.time() < ends:
-                if topic.version != sent and topic.html:
+                if topic.version != sent:
                     sent = topic.version
-                    yield _event(topic.html)
+                    yield topic.event()
                     continue
                 try:
                     await asyncio.wait_for(topic.changed.wait(), BEAT)
@@ -73,8 +94,11 @@ class Live:
                     yield b"event: beat\ndata: 1\n\n"
         finally:
             topic.watchers -= 1
-            if not topic.watchers:
-                self._topics.pop(key, None)
+            self._leave(key, topic)
+
+    def _leave(self, key: Key, topic: _Topic) -> None:
+        if not topic.watchers and self._topics.get(key) is topic:
+            del self._topics[key]
 
     def _start(self) -> None:
         if self._turn is None or self._turn.done():

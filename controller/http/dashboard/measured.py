@@ -1,12 +1,14 @@
 """What takes seconds to measure, measured beside the pages: they show the last result and its time.
 
 Rules: one measurement at a time; a result is measured again when somebody asks for it and it is
-older than a minute; the first one is waited for only shortly, then the page says that it is coming.
+older than a minute, and than twenty times what it took; the first one is waited for only shortly,
+then the page says that it is coming.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ log = structlog.get_logger()
 class Result:
     value: Any  # None: it could not be measured, the log says why
     at: float
+    took: float = 0.0  # seconds
 
 
 class Measured:
@@ -37,7 +40,7 @@ class Measured:
         """The last result; None while the first is still being measured."""
         with self._lock:
             known = self._results.get(key)
-            if known is not None and self._clock() - known.at < FRESH:
+            if known is not None and self._clock() - known.at < max(FRESH, 20 * known.took):
                 return known
             future = self._running.get(key)
             if future is None or future.done():
@@ -48,11 +51,13 @@ class Measured:
             return self._results.get(key)
 
     def _run(self, key: Hashable, measure: Callable[[], Any]) -> None:
+        began = time.perf_counter()
         try:
-            result = Result(measure(), self._clock())
+            value = measure()
         except Exception:  # the outermost turn of this worker: logged, and tried again
             log.exception("measured", key=str(key))
-            result = Result(None, self._clock())
+            value = None
+        result = Result(value, self._clock(), time.perf_counter() - began)
         with self._lock:
             self._results[key] = result
             while len(self._results) > 64:

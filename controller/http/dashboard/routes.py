@@ -6,7 +6,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from controller.http.dashboard import rendering
 from controller.http.dashboard.census import Census
@@ -78,10 +77,10 @@ def device(page: Page, device: str) -> Response:
 async def live(page: Page, name: str, what: str = "") -> StreamingResponse:
     if name not in SIGHTS:
         raise Problem(404, "this page has no stream")
-    await run_in_threadpool(page.part, name, what)  # refuses what this person does not see
     hub: Live = page.request.app.state.live
     key = (name, what, str(to_json(page.who.grants)))
-    stream = hub.follow(key, lambda: page.part(name, what))
+    # The first rendering refuses what this person does not see; who has the same grants shares it.
+    stream = await hub.join(key, lambda: page.part(name, what))
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
