@@ -364,7 +364,7 @@ def _auto(value: Any) -> Any:
 class Strategy(Model):
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=100)]
     partial: Truth = False
-    max_failed: Annotated[Share, Field(gt=0, lt=1)] = 0.005
+    max_failed: Annotated[Share, Field(gt=0, lt=1)] | None = None  # None: the fleet's own past
     abort_failed: AbortFailed | None = None
     silent_after: Annotated[Duration | None, BeforeValidator(_auto)] = None
     offline: Offline = Offline()

@@ -145,16 +145,19 @@ def _history(world: World, rollout: Rollout) -> tuple[Past, ...]:
     for other in sorted(world.rollouts.values(), key=lambda r: (r.opened_at, r.id)):
         if other.fleet != rollout.fleet or other.state is not RolloutState.COMPLETED:
             continue
-        failed, updated = ended(world, other)
-        if failed + updated:
-            past.append(Past(failed=failed, started=failed + updated))
+        failed, lost, updated = ended(world, other)
+        if started := failed + lost + updated:
+            past.append(Past(failed=failed, lost=lost, started=started))
     return tuple(past[-5:])
 
 
-def ended(world: World, rollout: Rollout) -> tuple[int, int]:
-    """(failed, updated) of a rollout that has ended: they stand still from then on."""
+def ended(world: World, rollout: Rollout) -> tuple[int, int, int]:
+    """(failed, never confirmed, updated) of a rollout that has ended: they stand still then."""
     if (known := world.ended.get(rollout.id)) is not None:
         return known
     members = [m for m in world.members.get(rollout.id, {}).values() if m.arm is Arm.EXPOSED]
+    silent = [m for m in members if m.state is MemberState.SILENT]
+    lost = sum(not m.reason.endswith(AFTER_COMMIT) for m in silent)
     failed = sum(m.state is MemberState.FAILED for m in members)
-    return failed, sum(m.state is MemberState.UPDATED for m in members)
+    updated = sum(m.state is MemberState.UPDATED for m in members)
+    return failed, lost, updated + len(silent) - lost

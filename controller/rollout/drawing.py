@@ -24,7 +24,7 @@ from controller.rollout.model import (
     RolloutState,
 )
 from controller.rollout.standing import patience, reachable
-from controller.rollout.waves import Pinned, Wave
+from controller.rollout.waves import Pinned, Wave, grown
 from controller.rollout.world import Action, Change, Decision, Put, World
 
 
@@ -32,6 +32,8 @@ def draw_step(
     world: World, rollout: Rollout, pinned: Pinned, wave: Wave, now: float
 ) -> Iterator[Action]:
     members = world.members.get(rollout.id, {})
+    if rollout.flags.get("grown") == rollout.step:
+        wave = grown(pinned.waves, wave)
     if rollout.step == 0 and not members:
         put = opening.returning(world, rollout, now)
         if put is not None:
@@ -171,7 +173,7 @@ def _draw(
 def _place(pinned: Pinned, wave: Wave) -> tuple[bool, bool]:
     """(is this the first wave, does it follow a first one that was best_first)."""
     normal = [w for w in pinned.waves if not w.fixes]
-    place = normal.index(wave)
+    place = [w.index for w in normal].index(wave.index)  # it may have grown
     cohorts = {cohort.name: cohort for cohort in pinned.fleet.cohorts}
     opener = cohorts[normal[0].step.cohort].select
     best = opener is not None and opener.mode is Mode.BEST_FIRST

@@ -24,7 +24,7 @@ from controller.rollout.model import (
     RolloutState,
 )
 from controller.rollout.standing import Standing, deaf, standing
-from controller.rollout.waves import Pinned, Wave
+from controller.rollout.waves import Pinned, Wave, grown
 from controller.rollout.world import Action, Change, Decision, Look, Prove, Reject, World
 
 if TYPE_CHECKING:
@@ -53,7 +53,38 @@ def judge_step(
     if _passes(rollout, wave, seen, judgement, pinned):
         yield from _pass(world, rollout, pinned, wave, seen, case, judgement, now)
         return
+    if _grows(rollout, pinned, wave, judgement):
+        yield from _grow(rollout, wave, case, judgement, now)
+        return
     yield from _wait(world, rollout, pinned, wave, seen, case, judgement, soaked, now)
+
+
+def _grows(rollout: Rollout, pinned: Pinned, wave: Wave, judgement: Judgement) -> bool:
+    """Every outcome is known and proves nothing: time adds nothing, and the policy says grow."""
+    wanted = pinned.rollout.strategy.on_inconclusive.action == "grow"
+    once = rollout.flags.get("grown") != rollout.step
+    room = rollout.step < len(pinned.waves) - 1 and grown(pinned.waves, wave).step != wave.step
+    stuck = bool(judgement.numbers.get("grow")) and judgement.verdict is Verdict.WAIT
+    asked = stuck or judgement.verdict is Verdict.INCONCLUSIVE
+    ours = wave.fixes is None and not wave.recall
+    return wanted and once and room and asked and ours and rollout.state is RolloutState.SOAKING
+
+
+def _grow(
+    rollout: Rollout, wave: Wave, case: casework.Case, judgement: Judgement, now: float
+) -> Iterator[Action]:
+    sentence = f"GROWING — {wave.name} is doubled once: more devices can tell what more time cannot"
+    sentence += f"; {judgement.sentence}"
+    yield Decision(
+        rollout=rollout.id,
+        kind="verdict",
+        verdict=str(judgement.verdict),
+        sentence=sentence,
+        inputs=case.to_json(),
+        numbers=judgement.numbers,
+    )
+    flags = {**rollout.flags, "grown": rollout.step, "drawn": None}
+    yield Change(rollout=replace(rollout, flags=flags, sentence=sentence, updated_at=now))
 
 
 def _deaf(world: World, rollout: Rollout, now: float) -> Iterator[Action]:
@@ -371,7 +402,7 @@ def _inconclusive(
             actor=f"policy {pinned.policy.name}",
         )
         return rollout.state, [decision, reject]
-    if rule.action in ("extend", "grow"):
+    if rule.action == "extend":
         return RolloutState.SOAKING, []
     if rule.action == "proceed" and rule.allows(
         healthy=seen.updated, soaked=rollout.soak, devices=seen.size

@@ -33,7 +33,7 @@ _UNDER_WAY = ACTIVE | {RolloutState.ROLLING_BACK}
 class Rollcall:
     def __init__(self) -> None:
         self.musters: dict[str, Muster] = {}
-        self.ended: dict[str, tuple[int, int]] = {}
+        self.ended: dict[str, tuple[int, int, int]] = {}
         self._awake: set[str] = set()
         self._opening = True
         self._looks: dict[str, float] = {}

@@ -8,7 +8,7 @@ the fault was.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +33,17 @@ class Wave:
             return "recall, all" if self.ramp is None else f"recall, first {self.ramp:,}"
         share = f"{self.step.percent:.0%}" if self.step.percent < 1 else "all"
         return f"{self.fixes}'s devices" if self.fixes else f"{self.step.cohort} {share}"
+
+
+def grown(waves: tuple[Wave, ...], wave: Wave) -> Wave:
+    """The wave at twice its size: as many devices again as it was planned to add, at most all."""
+    before = max(
+        (w.step.percent for w in waves[: wave.index] if w.step.cohort == wave.step.cohort),
+        default=0.0,
+    )
+    percent = min(1.0, 2 * wave.step.percent - before)
+    step = wave.step.model_copy(update={"percent": max(wave.step.percent, percent)})
+    return replace(wave, step=step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,7 +92,8 @@ class World:
     unordered: Container[str] = ()  # devices whose order is still to be composed
     # Rollout id → its members as counted so far; where one is missing they are counted anew.
     musters: Mapping[str, Muster] = field(default_factory=dict)
-    ended: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # (failed, updated), so far
+    # Rollout id → (failed, never confirmed, updated), so far.
+    ended: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

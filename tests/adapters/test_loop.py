@@ -573,6 +573,31 @@ def test_a_fix_goes_first_to_the_devices_that_ran_the_fault(story: Story) -> Non
     assert story.versions() == {"3": 40}
 
 
+@pytest.mark.parametrize("rule", ["grow", "pause"])
+def test_a_wave_too_small_to_prove_anything_is_doubled_once(story: Story, rule: str) -> None:
+    # 6 of the 12 canaries cannot refute 30 %; all 12 can. More time would not help.
+    half = {"cohort": "canary", "percent": "50%", "soak": "3s", "maxSoak": "20s"}
+    steps = [{**half, "margins": MARGINS}, {"cohort": "general", "soak": "3s", "margins": MARGINS}]
+    story.commit(
+        *base(),
+        rollout("cars", "app-2", steps=steps, strategy={"onInconclusive": rule, "partial": "true"}),
+    )
+    story.run(60)
+    with reading(story.engine) as conn:
+        rows = conn.execute(select(decisions.c.kind, decisions.c.sentence)).all()
+    growing = [row.sentence for row in rows if row.sentence.startswith("GROWING")]
+    draws = [row for row in rows if row.kind == "draw"]
+    if rule == "pause":
+        assert growing == []
+        assert story.rollout().state == "Inconclusive"
+        assert story.versions()["2"] == 6
+        return
+    assert len(growing) == 1
+    assert "more devices can tell what more time cannot" in growing[0]
+    assert len(draws) == 3
+    assert story.versions() == {"2": 40}
+
+
 # -- what the loop remembers is what counting from the beginning says ------------------------------
 
 
