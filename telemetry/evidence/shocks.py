@@ -4,8 +4,8 @@ Units do not report in the same ticks: an updated device counts from its own ins
 until it is updated itself. Their means would then compare noon with midnight. So each tick's common
 part is taken out of both arms alike, from all units that reported in it:
 
-    level  c_t = (mean of the tick − mean of the same units' own past) · n/(n + 10)
-    rate   g_t = (events_t + 20) / (hours_t · usual rate + 20)
+    level  c_t = (mean of the tick − mean of the same units' own past) · n/(n + 1)
+    rate   g_t = (events_t + 5) / (hours_t · usual rate + 5)
 
 Units that reported in the same ticks lose the same amount: their difference is untouched. A tick's
 part is fixed when the tick closes; the few open ticks are taken anew each time.
@@ -23,8 +23,8 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 _OPEN = 2  # ticks that late messages may still change
-LEVEL_PRIOR = 10.0  # units
-RATE_PRIOR = 20.0  # events
+LEVEL_PRIOR = 1.0  # units
+RATE_PRIOR = 5.0  # events
 
 
 class Shocks:
