@@ -19,6 +19,7 @@ from controller.devices import Registry
 from controller.http.app import Deps, create_app
 from controller.keys import DirectorKey
 from controller.settings import Settings, SettingsError, load
+from controller.store import approvals
 from controller.store.database import open_control
 from controller.store.tables import commands, decisions, holds, rollouts
 from telemetry.store.database import open_engine, reading, writing
@@ -156,6 +157,61 @@ def test_a_rollback_without_the_api_writes_the_same_command(state: Path) -> None
         kinds = conn.execute(select(commands.c.kind).order_by(commands.c.id)).scalars().all()
     engine.dispose()
     assert kinds == ["rollback", "stop"]
+
+
+def test_a_part_of_the_fleet_is_named_by_one_option(server: str, state: Path) -> None:
+    wrong = run("hold", "cars", "--reason", "x", "--cohort", "a", "--step", "1", "--server", server)
+    assert wrong.returncode == 2
+    assert "one of --cohort" in wrong.stderr
+    seen = run("hold", "cars", "--dry-run", "--label", "hardware=hw4", "-o", "json",
+               "--server", server)  # fmt: skip
+    selector = json.loads(seen.stdout)["scope"]["selector"]
+    assert selector["matchLabels"] == {"hardware": "hw4"}
+    done = run("rollback", "cars", "--reason", "two burn", "--device", "car-1", "--device", "car-2",
+               "--state-dir", str(state))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with reading(engine) as conn:
+        assert conn.execute(select(holds.c.scope)).scalar_one() == {"devices": ["car-1", "car-2"]}
+    engine.dispose()
+
+
+def test_a_preview_without_the_api_says_when_telemetry_is_away(state: Path) -> None:
+    shown = run("rollback", "cars", "--dry-run", "-o", "json", "--state-dir", str(state))
+    assert shown.returncode == 0, shown.stderr
+    assert "does not answer" in json.loads(shown.stdout)["telemetry"]
+
+
+def test_a_second_person_approves_what_the_first_one_asked_for(server: str, state: Path) -> None:
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with writing(engine) as conn:
+        approvals.put_rule(conn, "eu", {"widen": 2})
+    engine.dispose()
+    made = run("token", "create", "ann", "--role", "release-manager", "--state-dir", str(state))
+    ann = made.stdout.strip()
+    asked = run("promote", "cars", "--reason", "good", "--server", server, BELLWETHER_TOKEN=ann)
+    assert asked.returncode == 0, asked.stderr
+    assert "waits for one more person" in asked.stdout
+    assert "promote" in run("approvals", "--server", server).stdout
+    own = run("approve", "cars", "--server", server, BELLWETHER_TOKEN=ann)
+    assert own.returncode == 6
+    assert "somebody else approves" in own.stderr
+    other = run("approve", "cars", "--digest", "sha256:" + "0" * 64, "--server", server)
+    assert other.returncode == 1
+    assert "look at it again" in other.stderr
+    done = run("approve", "cars", "--reason", "looked", "--server", server)
+    assert done.returncode == 0, done.stderr
+    assert "granted" in done.stdout
+
+
+def test_recovery_lists_whom_a_rollback_has_not_reached(server: str) -> None:
+    none = run("recovery", "cars", "--server", server)
+    assert none.returncode == 1
+    assert "no rollback" in none.stderr
+    run("rollback", "cars", "--reason", "x", "--server", server)
+    found = run("recovery", "cars", "--server", server)
+    assert found.returncode == 0, found.stderr
+    assert "0 devices still run fsd-2" in found.stdout
 
 
 def test_wait_tells_the_end_by_its_exit_code(server: str) -> None:
