@@ -232,7 +232,9 @@ def _passed_sentence(
             f"WIDENED by {by} after {wave.name} ({seen.words()}); gate said: {judgement.sentence}"
         )
     if wave.recall:
-        return f"WIDENED — {wave.name}: {seen.words()}; by recall, no proof of safety asked"
+        # The gate's own word is quoted, as where a person overrules it: so the replay agrees.
+        reached = f"WIDENED — {wave.name}: {seen.words()}; a recall asks for no proof of safety"
+        return f"{reached}; gate said: {judgement.sentence}"
     if judgement.verdict is Verdict.WIDEN:
         return judgement.sentence
     if seen.size == 0:

@@ -21,6 +21,7 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
 )
+from controller.rollout.replay import replay
 from controller.rollout.waves import Pinned
 from controller.rollout.world import (
     Change,
@@ -234,6 +235,21 @@ def test_a_recall_reaches_a_thousand_devices_within_minutes_through_windows_and_
     assert fleet.last.state is RolloutState.COMPLETED
     assert fleet.decisions[0].kind == "draw"
     assert all(d.sentence for d in fleet.decisions)
+
+
+def test_the_decisions_of_a_recall_replay() -> None:
+    fleet = Fleet(URGENT)
+    fleet.run(300)
+    rows = [
+        {
+            "id": str(i), "kind": d.kind, "verdict": d.verdict, "sentence": d.sentence,
+            "inputs": json.loads(json.dumps(d.inputs)), "numbers": json.loads(json.dumps(d.numbers)),
+        }
+        for i, d in enumerate(fleet.decisions)
+    ]  # fmt: skip
+    found = replay(rows)
+    assert len(found) >= 4
+    assert [one.sentence for one in found if not one.same] == []
 
 
 def test_without_urgency_the_same_commit_waits_for_its_window() -> None:
