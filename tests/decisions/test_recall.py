@@ -243,7 +243,8 @@ def test_the_decisions_of_a_recall_replay() -> None:
     rows = [
         {
             "id": str(i), "kind": d.kind, "verdict": d.verdict, "sentence": d.sentence,
-            "inputs": json.loads(json.dumps(d.inputs)), "numbers": json.loads(json.dumps(d.numbers)),
+            "inputs": json.loads(json.dumps(d.inputs)),
+            "numbers": json.loads(json.dumps(d.numbers)),
         }
         for i, d in enumerate(fleet.decisions)
     ]  # fmt: skip
