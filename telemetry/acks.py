@@ -35,15 +35,14 @@ class Acks:
         self._sent: dict[str, float] = {}
 
     def note(self, device: str, boot: str, seq: int, nonce: str | None = None) -> None:
-        boots = self._owed.get(device)
-        if boots is None:
-            boots = self._owed[device] = {}
-        owed = boots.get(boot)
-        if owed is None:
-            owed = boots[boot] = _Owed()
+        owed = self._of(device, boot)
         owed.numbers.add(seq)
         if nonce is not None:
             owed.nonce = nonce
+
+    def numbers(self, device: str, boot: str) -> set[int]:
+        """What is owed for a boot until the next `due`: add to it instead of noting one by one."""
+        return self._of(device, boot).numbers
 
     def due(self, now: float) -> list[tuple[str, bytes]]:
         """(topic, payload) of every ack that may leave now."""
@@ -59,6 +58,15 @@ class Acks:
 
     def waiting(self) -> bool:
         return bool(self._owed)
+
+    def _of(self, device: str, boot: str) -> _Owed:
+        boots = self._owed.get(device)
+        if boots is None:
+            boots = self._owed[device] = {}
+        owed = boots.get(boot)
+        if owed is None:
+            owed = boots[boot] = _Owed()
+        return owed
 
     def _take(self, device: str) -> tuple[str, str, bytes]:
         boots = self._owed[device]

@@ -85,7 +85,7 @@ def health(payload: bytes) -> Sample | Health:
     try:
         return _straight(payload)
     except _REFUSED:
-        return decode(Health, payload)
+        return _slow(Health, payload)
 
 
 def decode(cls: type[M], payload: bytes) -> M:
@@ -95,6 +95,11 @@ def decode(cls: type[M], payload: bytes) -> M:
             return cast(M, as_health(_straight(payload)))
         except _REFUSED:
             pass
+    return _slow(cls, payload)
+
+
+def _slow(cls: type[M], payload: bytes) -> M:
+    """The second road, and then the third."""
     try:
         message = _fast(cls, payload)
     except _REFUSED:

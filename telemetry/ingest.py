@@ -226,7 +226,9 @@ class Ingest:
         self, messages: Sequence[Heard], verdicts: Sequence[Verdict], refusals: Counter[str]
     ) -> int:
         """Note what is owed for a committed part; how many messages were new."""
-        new, dropped, note = 0, 0, self._acks.note
+        new, dropped = 0, 0
+        owed: set[int] = set()
+        last_device, last_boot = "", ""  # whose numbers `owed` are
         for (device, message), verdict in zip(messages, verdicts, strict=True):
             if verdict is Verdict.NEW:
                 new += 1
@@ -235,10 +237,13 @@ class Ingest:
             if isinstance(message, Presence) or verdict is Verdict.LATE:
                 continue
             if isinstance(message, Reported):
-                note(device, message.boot, message.seq, message.nonce)
+                self._acks.note(device, message.boot, message.seq, message.nonce)
                 continue
             if verdict is Verdict.NEW:
                 dropped += message.dropped
-            note(device, message.boot, message.seq)
+            if device != last_device or message.boot != last_boot:
+                last_device, last_boot = device, message.boot
+                owed = self._acks.numbers(device, last_boot)
+            owed.add(message.seq)
         metrics.count("bellwether_outbox_dropped_total", dropped)
         return new

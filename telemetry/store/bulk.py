@@ -1,6 +1,6 @@
 """Many rows at once, by the fastest road of each database (research: 5–14 times a plain insert).
 
-SQLite: some hundred rows in one INSERT on the driver's own connection; it works without Python's
+SQLite: some thousand rows in one INSERT on the driver's own connection; it works without Python's
 lock for as long as a statement lasts, and with `executemany` it would ask for the lock again after
 each row, behind whoever else is busy. PostgreSQL: COPY, for upserts into a temporary table that is
 merged by one statement. The caller's transaction decides about all of it.
@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import TypeEngine
 
-_PIECES = (500, 50, 5, 1)  # rows in one statement; SQLite takes 32,766 values
+_VALUES = 32_000  # in one statement; SQLite takes 32,766
 Row = Sequence[Any]  # in the order of the table's columns
 
 
@@ -72,14 +72,15 @@ def upsert(
 
 def _execute(connection: Connection, table: Table, rows: Sequence[Row], conflict: str = "") -> None:
     cursor = _cursor(connection)
-    first = 0
-    for size in _PIECES:  # few sizes, so that the driver finds its prepared statements again
-        marks = f"({', '.join('?' for _ in table.columns)})"
+    first, size = 0, _VALUES // len(table.columns)
+    marks = f"({', '.join('?' for _ in table.columns)})"
+    while first < len(rows):
+        while size > len(rows) - first:  # few sizes: the driver finds its statements again
+            size = max(1, size // 8)
         values = ", ".join([marks] * size)
         statement = f"INSERT INTO {table.name} ({_names(table)}) VALUES {values} {conflict}"  # noqa: S608
-        while len(rows) - first >= size:
-            cursor.execute(statement, list(chain.from_iterable(rows[first : first + size])))
-            first += size
+        cursor.execute(statement, list(chain.from_iterable(rows[first : first + size])))
+        first += size
 
 
 def _names(table: Table) -> str:

@@ -12,15 +12,15 @@ Rules, in order:
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import psycopg
-from sqlalchemy import Connection, Engine, Select, delete, func, select, update
+from sqlalchemy import Column, Connection, Engine, Select, delete, func, select, update
 from sqlalchemy.exc import DataError, IntegrityError
 
 from device_agent.protocol import ComponentReport, HistoryEntry, Presence, State
@@ -45,7 +45,7 @@ from telemetry.store.seen import Seen, unpack
 
 HEARING_GAP = 5.0  # seconds between two probes that still count as heard without a break
 _END = 1 << 62  # after every change
-_MANY = 10_000  # keys in one IN list
+_MANY = 8_192  # keys in one IN list
 
 _components = msgspec.json.Decoder(dict[str, ComponentReport])
 _history = msgspec.json.Decoder(tuple[HistoryEntry, ...])
@@ -211,32 +211,36 @@ def _load(connection: Connection, batch: Batch) -> Known:
     }
     known = Known(contacts={}, boots={}, states={})
     for first in range(0, len(devices), _MANY):
-        some = devices[first : first + _MANY]
+        some = _padded(devices[first : first + _MANY])
         _load_some(connection, some, known)
         _load_boots(connection, some, wanted, known)
     return known
 
 
+def _padded(keys: list[str]) -> list[str]:
+    """As many keys as a power of two, the last one repeated.
+
+    Each length of an IN list is a statement of its own to the driver, and SQLite's keeps 128 of
+    them: with any length that is 40 MiB, and hardly one is ever found again.
+    """
+    return keys + keys[-1:] * ((1 << (len(keys) - 1).bit_length()) - len(keys))
+
+
 def _load_some(connection: Connection, devices: list[str], known: Known) -> None:
-    # Rows are unpacked by place: their attributes cost more than the query.
-    contacts, reports = tables.contacts, tables.reports
-    own = [c for c in contacts.c if c.name != "change"]
-    for device, last, clock, online, sleeping, boot, count, floor in connection.execute(
-        select(*own).where(contacts.c.device.in_(devices))
-    ):
+    contacts, reports = tables.contacts.c, tables.reports.c
+    own = tuple(column for column in contacts if column.name not in ("device", "change"))
+    for device, last, clock, online, sleeping, *boot in _of(connection, own, devices):
+        name, count, floor = boot
         known.contacts[device] = Contact(
             last_contact=last,
             heard_clock=clock,
-            online=online,
+            online=bool(online),
             sleeping_until=sleeping,
-            boot=boot,
+            boot=name,
             boot_count=count,
             boot_floor=floor,
         )
-    columns = (reports.c.device, reports.c.boot_count, reports.c.seq)
-    for device, count, seq in connection.execute(
-        select(*columns).where(reports.c.device.in_(devices))
-    ):
+    for device, count, seq in _of(connection, (reports.boot_count, reports.seq), devices):
         known.states[device] = (count, seq)
 
 
@@ -244,13 +248,25 @@ def _load_boots(
     connection: Connection, devices: list[str], wanted: set[tuple[str, str]], known: Known
 ) -> None:
     # By device alone: a second list of boots would make SQLite try every pair of the two.
-    table = tables.boots
-    columns = (table.c.device, table.c.boot, table.c.boot_count, table.c.high, table.c.missing)
-    for device, boot, count, high, missing in connection.execute(
-        select(*columns).where(table.c.device.in_(devices))
-    ):
+    boots = tables.boots.c
+    columns = (boots.boot, boots.boot_count, boots.high, boots.missing)
+    for device, boot, count, high, missing in _of(connection, columns, devices):
         if (device, boot) in wanted:
             known.boots[device, boot] = Seen(boot_count=count, high=high, missing=unpack(missing))
+
+
+def _of(
+    connection: Connection, columns: tuple[Column[Any], ...], devices: list[str]
+) -> Iterable[Any]:
+    """(device, *columns) of these devices, past SQLAlchemy: it costs more than the query."""
+    names = ", ".join(column.name for column in columns)
+    statement = f"SELECT device, {names} FROM {columns[0].table.name} WHERE device "  # noqa: S608
+    if connection.dialect.name == "postgresql":
+        cursor = connection.connection.cursor()
+        return cast(Iterable[Any], cursor.execute(f"{statement}= ANY(%s)", (devices,)))
+    marks = ", ".join("?" * len(devices))
+    cursor = connection.connection.cursor()
+    return cast(Iterable[Any], cursor.execute(f"{statement}IN ({marks})", devices))
 
 
 def _save(

@@ -65,19 +65,20 @@ def _first_kept(connection: Connection, before: float) -> int:
     batches go with their neighbours.
     """
     table = tables.health
-    low, high = connection.execute(select(func.min(table.c.batch), func.max(table.c.batch))).one()
+    # Two queries: for both in one, SQLite reads the whole table.
+    low = connection.execute(select(func.min(table.c.batch))).scalar()
     if low is None:
         return 0
-    low, high = int(low), int(high) + 1
+    high = connection.execute(select(func.max(table.c.batch))).scalar_one() + 1
     while low < high:
         middle = (low + high) // 2
         query = select(table.c.batch, table.c.received_at).where(table.c.batch >= middle)
         row = connection.execute(query.order_by(table.c.batch).limit(1)).first()
         if row is not None and row.received_at < before:
-            low = int(row.batch) + 1
+            low = row.batch + 1
         else:
             high = middle
-    return low
+    return int(low)
 
 
 def _rollups(connection: Connection, before: int) -> int:
