@@ -32,7 +32,7 @@ COMPONENT = "autopilot"
 POLICY = "driving"
 _RATE = 0.1  # interventions per hour of driving of a careful driver
 PACE = 8.0  # hours of driving a second
-_API_PATIENCE = 60.0  # seconds
+_API_PATIENCE = 120.0  # seconds
 _FAULT_AFTER = 8.0  # hours of driving
 
 

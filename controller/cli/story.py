@@ -21,7 +21,7 @@ from controller.cli import stage
 from controller.cli.errors import Failed
 from controller.cli.stage import COMPONENT, FLEET, ROLLOUT, release_name
 
-_PUBLISH_PATIENCE = 30.0  # seconds: the same bytes may be published again
+_PUBLISH_PATIENCE = 120.0  # seconds: the same bytes may be published again
 _LOOK = 0.5  # seconds between two looks at the API
 SLIGHT = 2.0  # a rise below this may also end in a wait that says why
 
