@@ -186,7 +186,8 @@ def test_the_hour_of_the_day_is_no_harm(fault: float) -> None:
         _hours(tally, here, at, heat, np.zeros(here.size, dtype=np.int64))
     seen = observe(tally, (RATE,), (LEVEL,)).metric("heat")
     normal = levels.level([(p.exposed, p.control) for p in seen.levels])
-    assert normal.estimate == pytest.approx(fault, abs=0.25)
+    # Where the updated are most of who reports, some of their fault counts as common: never more.
+    assert 0.6 * fault - 0.25 <= normal.estimate <= fault + 0.25
     assert (levels.harm(normal, 3.0) > 20) == (fault > 0)
 
 
