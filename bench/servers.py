@@ -53,7 +53,7 @@ def until(true: Callable[[], object], what: str, seconds: float = _PATIENCE) -> 
 @contextlib.contextmanager
 def broker(root: Path) -> Iterator[int]:
     """The port of a Mosquitto as its package ships it, but for queues that drop nothing."""
-    port = _free_port()
+    port = free_port()
     root.mkdir(parents=True, exist_ok=True)
     config = root / "mosquitto.conf"
     user = "user root\n" if os.geteuid() == 0 else ""
@@ -74,7 +74,7 @@ def postgres(root: Path) -> Iterator[str]:
     initdb = shutil.which("initdb", path=f"{PATH}:{places[-1] if places else ''}")
     if initdb is None:
         raise Missing("initdb is missing: install the package `postgresql` (scripts/test does)")
-    binaries, port, home = Path(initdb).resolve().parent, _free_port(), root / "postgres"
+    binaries, port, home = Path(initdb).resolve().parent, free_port(), root / "postgres"
     home.mkdir(parents=True)
     user = None
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
@@ -156,6 +156,18 @@ def ingest(
         yield child
 
 
+@contextlib.contextmanager
+def role(
+    name: str, state_dir: Path, port: int, *, repo: str = "", listen: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A real process of this role, on SQLite; its words are in `<role>.log` beside its state."""
+    words = [sys.executable, "-m", "controller.cli", "serve", "--role", name]
+    words += ["--state-dir", str(state_dir), "--broker", f"mqtt://127.0.0.1:{port}"]
+    words += [word for pair in (("--repo", repo), ("--listen", listen)) if pair[1] for word in pair]
+    with open(state_dir / f"{name}.log", "ab") as file, _child(words, stderr=file) as child:
+        yield child
+
+
 def _watermark(engine: Engine) -> int:
     return Store(engine).watermark()
 
@@ -193,7 +205,7 @@ def _as(user: str | None, words: Sequence[str], cwd: Path) -> None:
     subprocess.run(words, check=True, cwd=cwd, stdout=subprocess.DEVNULL, **own)  # type: ignore[call-overload]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

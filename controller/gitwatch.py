@@ -80,6 +80,7 @@ class GitWatch:
         self._clock, self._stale_after, self._woken = clock, stale_after, woken
         self._told = told  # tells the forge how the commits fare
         self._current: Head | None = None
+        self._reading: Reading | None = None  # of the last tree: what stays is not parsed again
         self._state = GitState(url=url, branch=branch)
         self._wake = threading.Event()
         self._stopping = False
@@ -173,8 +174,8 @@ class GitWatch:
                 for row in conn.execute(select(holds))
                 if row.commit is not None and row.lifted_at is None
             ]
-        files = self._repo.read(commit)
-        head, problems = assess(files, commit, author, known=known, registry=registry)
+        self._reading = read(self._repo.read(commit), self._reading)
+        head, problems = assess(self._reading, commit, author, known=known, registry=registry)
         return head, [*problems, *_vanished(recorded, head.manifests)]
 
     def _take_holds(self, manifests: Manifests, commit: str, now: float) -> None:
@@ -278,7 +279,7 @@ class GitWatch:
 
 
 def assess(
-    files: Mapping[str, str | bytes],
+    content: Reading,
     commit: str,
     author: str,
     *,
@@ -286,7 +287,6 @@ def assess(
     registry: Mapping[str, Mapping[str, str]],
 ) -> tuple[Head, list[Problem]]:
     """What a tree says, and what is wrong with it; `known`: release name → digest seen before."""
-    content = read(files)
     problems = [*content.problems, *admit(content, registry), *_rewritten(content, known)]
     blocked: dict[str, str] = {}
     for problem in problems:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine
 
 from controller.gitwatch import assess
 from controller.manifests.kinds import Release
+from controller.manifests.reader import read
 from controller.rollout.desired import Catalog
 from controller.rollout.model import Device
 from controller.rollout.plan import Commit, Plan, assumed, plan
@@ -61,7 +62,7 @@ def documents_only(base: Tree, head: Tree, now: float) -> Plan:
 
 def _commit(tree: Tree, known: Mapping[str, Release], devices: Mapping[str, Device]) -> Commit:
     head, problems = assess(
-        tree.files,
+        read(tree.files),
         tree.commit,
         tree.author,
         known={name: release.digest for name, release in known.items()},

@@ -69,11 +69,23 @@ class Manifests:
         return file, line, col
 
 
+Entry = tuple[Document, str | None, str | None, BaseModel | None, list["Problem"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """One file as it was read: what its text alone says, whatever stands beside it."""
+
+    content: str | bytes
+    entries: tuple[Entry | Fault, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     manifests: Manifests
     problems: tuple[Problem, ...]
     broken: frozenset[tuple[str, str]] = frozenset()  # (kind, name) of what could not be read
+    files: Mapping[str, File] = field(default_factory=dict, repr=False)  # path → as it was read
 
 
 _TABLES = {
@@ -86,19 +98,28 @@ _TABLES = {
 }
 
 
-def read(files: Mapping[str, str | bytes]) -> Reading:
-    """All documents of all files; a file's faults never touch another file."""
+def read(files: Mapping[str, str | bytes], before: Reading | None = None) -> Reading:
+    """All documents of all files; a file's faults never touch another file.
+
+    `before`: an earlier reading; a file whose text did not change is not parsed again.
+    """
+    known = before.files if before is not None else {}
+    parsed: dict[str, File] = {}
     tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
     origin: dict[tuple[str, str], str] = {}
     places: dict[tuple[str, str], Document] = {}
     problems: list[Problem] = []
     broken: set[tuple[str, str]] = set()
     for path in sorted(files):
-        for found in documents(files[path]):
-            if isinstance(found, Fault):
-                problems.append(_of_fault(path, found))
+        file = known.get(path)
+        if file is None or file.content != files[path]:
+            file = _file(path, files[path])
+        parsed[path] = file
+        for entry in file.entries:
+            if isinstance(entry, Fault):
+                problems.append(_of_fault(path, entry))
                 continue
-            kind, name, model, faults = _document(path, found)
+            found, kind, name, model, faults = entry
             problems += faults
             if kind is None or name is None:
                 continue
@@ -117,7 +138,17 @@ def read(files: Mapping[str, str | bytes]) -> Reading:
         **{_TABLES[kind]: table for kind, table in tables.items()}, origin=origin, places=places
     )
     blocked = [_blocks(problem, manifests, broken) for problem in problems]
-    return Reading(manifests=manifests, problems=tuple(blocked), broken=frozenset(broken))
+    return Reading(
+        manifests=manifests, problems=tuple(blocked), broken=frozenset(broken), files=parsed
+    )
+
+
+def _file(path: str, content: str | bytes) -> File:
+    entries = (
+        found if isinstance(found, Fault) else (found, *_document(path, found))
+        for found in documents(content)
+    )
+    return File(content=content, entries=tuple(entries))
 
 
 def _document(

@@ -6,6 +6,7 @@ characters are errors; so is more than 1 MiB, or more than 32 levels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ _SCALAR_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}"
     for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
 )
+
+_BRACKET = re.compile(r"[\[\]{}]")
 
 Place = tuple[int, int]  # line and column, from 1
 
@@ -164,8 +167,9 @@ def _too_deep(text: str) -> Fault | None:
         indent = len(line) - len(line.lstrip(" "))
         if indent > 512 or line.count("- ") > 64:
             return Fault(line=number, col=1, field="", message="nested too deep")
-        for col, char in enumerate(line, 1):
-            depth += (char in "[{") - (char in "]}")
+        for bracket in _BRACKET.finditer(line):
+            depth += 1 if bracket.group() in "[{" else -1
             if depth > 2 * MOST_DEPTH:
+                col = bracket.start() + 1
                 return Fault(line=number, col=col, field="", message="nested too deep")
     return None

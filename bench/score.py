@@ -1,0 +1,138 @@
+"""Score: a whole fleet at once, the draw of a cohort out of it, and reading what both need.
+
+Ten factors, all devices scored. The draw is the production one, stratified over score band and
+hardware, on the objects that a step is drawn from. Loading is `Store.totals` on real SQLite: one
+hour's rollups of ten names a device, and it is measured at a tenth of the fleet, because its rows
+are ten a device. The floors of the same run: the score's arithmetic as one numpy expression without
+parts, and a bare scan of the same rows.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bench.report import Options, Row
+from controller.manifests.kinds import Cohort
+from controller.rollout.cohort import Candidate, choose
+from controller.rollout.model import Device
+from telemetry.policy import Factor, ScoreSpec
+from telemetry.report import Totals
+from telemetry.score import bands, score
+from telemetry.store import bulk, tables
+from telemetry.store.database import open_engine, writing
+from telemetry.store.reports import Store
+from telemetry.store.rollups import HOUR, Kind
+from telemetry.store.tables import create_schema
+
+DEVICES, FACTORS, DRAWN = 1_000_000, 10, 10_000
+NOW = 1_800_000_000.0
+
+
+def run(options: Options) -> list[Row]:
+    n, runs = options.devices or DEVICES, options.runs or 5
+    dice = np.random.default_rng(options.seed)
+    names = [f"factor_{i}" for i in range(FACTORS)]
+    factors = tuple(
+        Factor(metric=name, per="device_hour", good=0.0, bad=2.0, weight=10.0) for name in names
+    )
+    spec = ScoreSpec(factors=factors, min_exposure=1.0)
+    totals = Totals(
+        devices=[f"car-{i:07d}" for i in range(n)],
+        counters={name: dice.poisson(50, n).astype(np.float64) for name in names},
+        exposure={"device_hour": dice.uniform(20, 200, n)},
+        levels={},
+    )
+    rows = [
+        Row(
+            name=f"score of {n:,} devices × {FACTORS} factors",
+            value=_median(lambda: score(totals, spec), runs),
+            unit="ms",
+            limit=200.0 if n == DEVICES else None,
+            peer="promise",
+        ),
+        Row(
+            name="the arithmetic alone",
+            value=_median(lambda: _bare(totals, names), runs),
+            unit="ms",
+        ),
+    ]
+    found = score(totals, spec)
+    rows.append(Row(name="its bands", value=_median(lambda: bands(found), runs), unit="ms"))
+    rows.append(_drawing(totals, found.value, bands(found), n))
+    rows += _loading(min(n, max(1_000, n // 10)), names)
+    return rows
+
+
+def _bare(totals: Totals, names: list[str]) -> object:
+    hours = totals.exposure["device_hour"]
+    return 100 - sum(10 * np.clip(totals.counters[name] / hours / 2.0, 0, 1) for name in names)
+
+
+def _drawing(totals: Totals, value: object, band: object, n: int) -> Row:
+    """The draw as a step makes it: objects in, objects out."""
+    pool = [
+        Candidate(
+            device=Device(id=d, fleet="cars", labels={"hardware": f"hw{i % 3}"}, status="active"),
+            score=v,
+            band=b,
+        )
+        for i, (d, v, b) in enumerate(
+            zip(totals.devices, np.asarray(value).tolist(), np.asarray(band).tolist(), strict=True)
+        )
+    ]
+    cohort = Cohort(name="canary", rest=True)
+    wanted = min(DRAWN, n // 10)
+    return Row(
+        name=f"stratified cohort of {wanted:,} out of {n:,}",
+        value=_median(lambda: choose(cohort, pool, wanted, "5e" * 32), 1),
+        unit="ms",
+        limit=100.0 if n == DEVICES else None,
+        peer="promise",
+    )
+
+
+def _loading(n: int, names: list[str]) -> list[Row]:
+    hour = int(NOW // HOUR)
+    with tempfile.TemporaryDirectory(prefix="bellwether-bench-") as folder:
+        file = Path(folder) / "telemetry.db"
+        engine = open_engine(f"sqlite:///{file}")
+        create_schema(engine)
+        with writing(engine) as conn:
+            for i in range(n):
+                rows = [
+                    (hour, f"car-{i:07d}", int(Kind.COUNTER), name, 1, 5.0, 25.0) for name in names
+                ]
+                bulk.insert(conn, tables.rollups, rows)
+        store = Store(engine)
+        began = time.perf_counter()
+        loaded = store.totals(since=NOW - 60, until=NOW + HOUR)
+        took = (time.perf_counter() - began) * 1_000
+        if len(loaded.devices) != n:
+            raise AssertionError(f"{len(loaded.devices)} of {n} devices were read")
+        engine.dispose()
+        with sqlite3.connect(file) as bare:
+            began = time.perf_counter()
+            bare.execute(f"SELECT device, name, total FROM {tables.rollups.name}").fetchall()  # noqa: S608
+            scan = (time.perf_counter() - began) * 1_000
+        bare.close()
+    name = f"loading {n:,} devices × {FACTORS} from rollups"
+    return [
+        Row(name=name, value=took, unit="ms", more={"limit_at_1m": 2_000}),
+        Row(name="a bare scan of the same rows", value=scan, unit="ms"),
+    ]
+
+
+def _median(work: Callable[[], object], runs: int) -> float:
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - began) * 1_000)
+    return statistics.median(times)
