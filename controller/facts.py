@@ -7,13 +7,16 @@ wire and devices beside it. `Look` is both, indexed. Times are Unix seconds by t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from controller.rollout import scope
+from controller.rollout.model import Arm, Device, Member, MemberState
+from controller.rollout.waves import Pinned
 from device_agent.protocol import Desired, ProtocolError, open_envelope
 from telemetry.report import DeviceRow
 
@@ -174,6 +177,40 @@ class Look:
         found = {report.digest for report in row.components.values()} if row else set()
         truth = self.truths.get(device)
         return found | set(truth.active.values()) if truth else found
+
+    def covers(self, hold: Row, device: Row) -> bool:
+        """Is this device in the hold's scope? By the same rule as the orders."""
+        if hold["fleet"] != device["fleet"]:
+            return False
+        part = hold.get("scope") or scope.EVERYBODY
+        if "all" in part:
+            return True
+        one = Device(
+            id=device["id"], fleet=device["fleet"], labels=device["labels"] or {},
+            status=device["status"],
+        )  # fmt: skip
+        named = [
+            row
+            for row in self.tables.rollouts
+            if row["name"] == hold["rollout"] and row["digest"] == hold["digest"]
+        ]
+        return any(
+            scope.covers(part, one, self._member(row["id"], one.id), self._pinned(row))
+            for row in named
+        )
+
+    def _member(self, rollout: str, device: str) -> Member | None:
+        for row in self.tables.members:
+            if row["rollout"] == rollout and row["device"] == device:
+                values = {f.name: row[f.name] for f in fields(Member)}
+                return Member(
+                    **{**values, "state": MemberState(row["state"]), "arm": Arm(row["arm"])}
+                )
+        return None
+
+    @staticmethod
+    def _pinned(row: Row) -> Pinned | None:
+        return Pinned.from_json(row["pinned"]) if row["pinned"] else None
 
     def elsewhere(self, device: str, hold: Row, component: str) -> bool:
         """Is there another set that this device could run instead of the rejected one?"""

@@ -51,7 +51,7 @@ def _held_orders(look: Look) -> Iterator[Finding]:
         if device is None or device["status"] != "active":
             continue
         for hold in look.in_force:
-            if hold["fleet"] == device["fleet"]:
+            if look.covers(hold, device):
                 yield from _held_order(look, row, hold)
 
 
@@ -105,7 +105,7 @@ def _held_wire(look: Look) -> Iterator[Finding]:
             if not later or lifted or not held or _stays(look, sent, hold, held, order):
                 continue
             device = look.devices.get(sent.device)
-            if device is not None and device["fleet"] == hold["fleet"]:
+            if device is not None and look.covers(hold, device):
                 yield Finding(
                     invariant="I1",
                     what=f"an order for {hold['release']} left for {sent.device} after hold "
@@ -149,7 +149,7 @@ def _held_devices(look: Look) -> Iterator[Finding]:
         if not truth.settled or not truth.honest or device is None or device["status"] != "active":
             continue
         for hold in look.in_force:
-            if hold["fleet"] != device["fleet"] or hold["to"] == "stay":
+            if not look.covers(hold, device) or hold["to"] == "stay":
                 continue
             for component, running in truth.active.items():
                 bad = running in hold["artifacts"]

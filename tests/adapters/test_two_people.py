@@ -12,8 +12,10 @@ from sqlalchemy import select
 
 from controller import approvals, commands, preview
 from controller.commands import Refused
+from controller.invariants import check
 from controller.roles import Role
 from controller.store import approvals as rows
+from controller.store import snapshot
 from controller.store.tables import approvals as table
 from controller.store.tables import audit, holds
 from telemetry.store.database import reading, writing
@@ -89,6 +91,11 @@ def vote(story: Any, actor: str, **more: Any) -> approvals.Voted:
 def actions(story: Any) -> list[str]:
     with reading(story.engine) as conn:
         return [a for (a,) in conn.execute(select(audit.c.action).order_by(audit.c.seq))]
+
+
+def doctor(story: Any) -> list[str]:
+    """What the checker says of the control database alone."""
+    return [str(one) for one in check(snapshot.read(story.engine, None), now=story.world.now)]
 
 
 # -- starts ---------------------------------------------------------------------------------------
@@ -199,6 +206,7 @@ def test_widening_by_hand_waits_and_a_stop_does_not(story: Any) -> None:
     vote(story, "ann")
     story.run(60)
     assert story.versions()["2"] >= 12
+    assert doctor(story) == []
 
 
 def test_what_has_moved_on_is_void(story: Any) -> None:
@@ -222,6 +230,7 @@ def test_break_glass_promotes_alone(story: Any) -> None:
     assert "break-glass" in actions(story)
     story.run(30)
     assert story.versions() == {"2": 40}
+    assert doctor(story) == []
 
 
 def test_a_tighter_rule_holds_at_once_and_a_looser_one_asks_the_old_one(story: Any) -> None:
@@ -300,6 +309,7 @@ def test_a_rollback_of_a_part_leaves_the_rest_alone(
     assert story.rollout().state in ("Soaking", "Completed", "Progressing")
     story.run(30)
     assert story.rollout().state == "Completed"
+    assert doctor(story) == []
     story.start()  # a restart finds the same
     story.run(3)
     assert story.versions() == {"1": back, "2": 40 - back}
