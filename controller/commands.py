@@ -10,7 +10,6 @@ rollout's state does not allow is 409; a stop, a pause, a hold and a rollback ne
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +140,7 @@ def _carry_out(
     incident: str | None,
     now: float,
 ) -> Recorded:
-    command = ulid.new(now, secrets.token_bytes(10))
+    command = ulid.fresh(now)
     if row is None:
         sentence = _stop(conn, command, body, actor, reason, now)
     else:
@@ -372,7 +371,7 @@ def add_hold(
 
     It rejects the release digest and every artifact in it that differs from the release before.
     """
-    hold = ulid.new(now, secrets.token_bytes(10))
+    hold = ulid.fresh(now)
     before = dict((row["flags"] or {}).get("before", {}))
     changed = [d for c, d in row["artifacts"].items() if before.get(c) != d]
     conn.execute(
@@ -408,7 +407,7 @@ def _lift(
             update(holds)
             .where(holds.c.id == hold)
             .values(
-                lift=ulid.new(now, secrets.token_bytes(10)),
+                lift=ulid.fresh(now),
                 lifted_at=now,
                 lifted_by=actor,
                 lift_reason=reason,

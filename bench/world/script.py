@@ -17,7 +17,7 @@ from bench.world.world import World
 from controller import ulid
 
 DAY = 86_400.0
-BUSY = 36.0  # seconds in which things happen
+BUSY = 31.0  # seconds in which things happen
 VERSIONS = tuple(str(n) for n in range(1, 12))
 
 
@@ -71,7 +71,7 @@ class Script:
 
     def _fleet(self) -> None:
         chance = self.chance
-        size = chance.choice((5, 5, 6, 6, 7, 8, 9, 10, 12)) if chance.random() < 0.95 else 25
+        size = chance.choice((5, 5, 5, 6, 6, 7, 8, 9, 12)) if chance.random() < 0.97 else 25
         canaries = chance.choice((3, 3, 4))
         for n in range(size):
             labels = {"hardware": chance.choice(("a", "a", "b"))}

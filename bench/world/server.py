@@ -132,6 +132,7 @@ class Controller:
         )  # fmt: skip
         self._loop = Loop(ports, Issuer(key=KEY, term=self.term, base_url="http://w", lease=LEASE))
         self._connections = 0
+        self._heap.after(0.1, self.poll)  # the watcher looks at once
         self._trace(f"{self.process.name} starts with term {self.term}")
 
     def tick(self) -> None:

@@ -25,7 +25,7 @@ from bench.world.points import Points
 from bench.world.repository import Repository
 from bench.world.server import KEY, Controller, IngestProcess, People
 from bench.world.wire import Wire
-from controller import invariants
+from controller import invariants, ulid
 from controller.facts import Finding, Observed, Sent
 from controller.store import snapshot
 from controller.store.tables import devices as registry
@@ -62,6 +62,7 @@ class World:
         self._change = 0
         self._pending: deque[Callable[[], object]] = deque()
         self._chance_between = self.chance("between")
+        self._ids = self.chance("ids")
 
     # -- chance, time, words ----------------------------------------------------------------------
 
@@ -77,18 +78,28 @@ class World:
         self.lines.append(f"{self.heap.now - START:9.2f}  {line}")
 
     def start(self) -> None:
-        """Everything comes up."""
+        """The devices are in the registry, and everything comes up."""
+        self._register_all()
         self.ingest.process.begin()
         for controller in self.controllers:
             controller.process.begin()
         for device in self.devices.values():
             device.start()
         self.heap.after(0.5, self._pulse)
-        self.heap.after(0.1, self._look)
+        self.heap.after(POLL, self._look)
 
     def run(self, seconds: float) -> None:
-        with quiet():
+        with quiet(), self._chance_of_ids():
             self.heap.run(self.heap.now + seconds)
+
+    @contextlib.contextmanager
+    def _chance_of_ids(self) -> Iterator[None]:
+        """Ids of commands and holds come from the seed as well."""
+        before, ulid.chance = ulid.chance, self._ids.randbytes
+        try:
+            yield
+        finally:
+            ulid.chance = before
 
     def leap(self, seconds: float) -> None:
         """Everything stands still for so long: the service is off, and whoever sleeps, sleeps."""
@@ -97,7 +108,7 @@ class World:
     # -- the fleet --------------------------------------------------------------------------------
 
     def enrol(self, name: str, version: str = "1", **labels: str) -> Device:
-        """A device that left the factory with `version`, and its row in the registry."""
+        """A device that left the factory with `version`; in the registry from `start` on."""
         images = {texts.COMPONENT: (f"app-{version}", texts.artifact(version))}
         device = Device(
             name, self.heap, self.points, self.wire, self.chance(f"device/{name}"),
@@ -105,8 +116,22 @@ class World:
         )  # fmt: skip
         device.labels = labels
         self.devices[name] = device
-        self.register(name, **labels)
         return device
+
+    def _register_all(self) -> None:
+        rows = [
+            {
+                "id": device.name,
+                "labels": {"model": "m3", **device.labels},
+                "created_at": self.now,
+                "status": "active",
+                "fleet": "cars",
+                "change": number,
+            }
+            for number, device in enumerate(self.devices.values(), 1)
+        ]
+        with writing(self.databases.control) as conn:
+            conn.execute(insert(registry), rows)
 
     def register(
         self, name: str, *, status: str = "active", fleet: str = "cars", **labels: str
@@ -137,7 +162,8 @@ class World:
         return name
 
     def ask(self, kind: str, rollout: str | None = texts.ROLLOUT, **body: Any) -> bool:
-        done = self.people.ask(kind, rollout, body)
+        with self._chance_of_ids():
+            done = self.people.ask(kind, rollout, body)
         self.heap.after(0.0, self.turn)
         return done
 
@@ -215,8 +241,7 @@ class World:
             self.databases.restore("control")
         else:
             self.databases.wipe("control")
-            for device in self.devices.values():
-                self.register(device.name, **device.labels)
+            self._register_all()
         self.trace(f"the control database is {'as at the backup' if backup else 'empty'}")
         controller.process.again()
 
@@ -256,7 +281,8 @@ class World:
 
     def _look(self) -> None:
         self.heap.after(POLL, self._look)
-        self._hook()
+        for controller in list(self.controllers):
+            controller.poll()
 
     def _hook(self) -> None:
         for controller in list(self.controllers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ def ask(
     now: float,
 ) -> tuple[str, str]:
     """Ask for `needs` more people; answers (id, digest of what they will see). Audited."""
-    name, digest = ulid.new(now, secrets.token_bytes(10)), approval.digest(seen)
+    name, digest = ulid.fresh(now), approval.digest(seen)
     conn.execute(
         insert(approvals).values(
             id=name,

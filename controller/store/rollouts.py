@@ -23,7 +23,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
-    true,
+    union_all,
     update,
 )
 
@@ -64,11 +64,29 @@ from controller.store.tables import (
 from telemetry.store import bulk
 
 _IN = 5_000  # names in one question
+# What every turn of the loop asks, put together once.
+_DEVICES = select(devices).where(devices.c.change > bindparam("since")).order_by(devices.c.change)
+_HOLDS = select(holds).order_by(holds.c.created_at, holds.c.id)
+_STOPS = select(stops).where(stops.c.lifted_at.is_(None)).order_by(stops.c.id)
+_IN_FORCE = union_all(
+    select(holds.c.id).where(holds.c.lifted_at.is_(None)),
+    select(stops.c.id).where(stops.c.lifted_at.is_(None)),
+)
+_COMMANDS = select(commands).where(commands.c.state == "recorded").order_by(commands.c.id)
+_REVISIONS = select(rollouts.c.id, rollouts.c.revision)
+_META = select(meta.c.value).where(meta.c.key == bindparam("named"))
+_WAITING = (
+    select(desired.c.device, desired.c.body, desired.c.generation, desired.c.kind)
+    .where(desired.c.published.is_(False))
+    .order_by(desired.c.at)
+    .limit(bindparam("most"))
+)
+_WAITING_BACK = _WAITING.where(desired.c.kind != "install")
 _UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
 
 
 def get_meta(conn: Connection, key: str, default: Any = None) -> Any:
-    row = conn.execute(select(meta.c.value).where(meta.c.key == key)).first()
+    row = conn.execute(_META, {"named": key}).first()
     return default if row is None else row[0]
 
 
@@ -93,7 +111,7 @@ def load_rollouts(conn: Connection) -> dict[str, Rollout]:
 
 def revisions(conn: Connection) -> dict[str, int]:
     """Revision of each rollout: the API raises it when it records a command."""
-    rows = conn.execute(select(rollouts.c.id, rollouts.c.revision))
+    rows = conn.execute(_REVISIONS)
     return {row.id: row.revision for row in rows}
 
 
@@ -114,9 +132,7 @@ def load_members_of(conn: Connection, ids: Sequence[str]) -> dict[str, dict[str,
 
 def load_devices(conn: Connection, since: int) -> tuple[list[Device], int]:
     """Registry rows changed after `since`, and the newest change number."""
-    rows = conn.execute(
-        select(devices).where(devices.c.change > since).order_by(devices.c.change)
-    ).all()
+    rows = conn.execute(_DEVICES, {"since": since}).all()
     found = [
         Device(
             id=row.id,
@@ -133,7 +149,7 @@ def load_devices(conn: Connection, since: int) -> tuple[list[Device], int]:
 
 def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
     """(holds in force, every digest that a hold ever named)."""
-    rows = conn.execute(select(holds).order_by(holds.c.created_at, holds.c.id)).all()
+    rows = conn.execute(_HOLDS).all()
     active = [
         ActiveHold(
             id=row.id,
@@ -155,7 +171,7 @@ def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
 
 
 def load_stops(conn: Connection) -> list[ActiveStop]:
-    rows = conn.execute(select(stops).where(stops.c.lifted_at.is_(None)).order_by(stops.c.id))
+    rows = conn.execute(_STOPS)
     return [
         ActiveStop(id=row.id, scope=row.scope, value=row.value, reason=row.reason, actor=row.actor)
         for row in rows
@@ -164,16 +180,12 @@ def load_stops(conn: Connection) -> list[ActiveStop]:
 
 def in_force(conn: Connection) -> frozenset[str]:
     """Ids of the holds and stops in force now."""
-    held = conn.execute(select(holds.c.id).where(holds.c.lifted_at.is_(None)))
-    stopped = conn.execute(select(stops.c.id).where(stops.c.lifted_at.is_(None)))
-    return frozenset(row.id for row in (*held, *stopped))
+    return frozenset(row.id for row in conn.execute(_IN_FORCE))
 
 
 def load_commands(conn: Connection) -> list[Command]:
     """Recorded and not yet done, in their order: pause before resume before promote at one time."""
-    rows = conn.execute(
-        select(commands).where(commands.c.state == "recorded").order_by(commands.c.id)
-    )
+    rows = conn.execute(_COMMANDS)
     return [
         Command(
             id=row.id,
@@ -215,12 +227,7 @@ def unpublished(
 
     Without `forward`, those alone that lead back.
     """
-    rows = conn.execute(
-        select(desired.c.device, desired.c.body, desired.c.generation, desired.c.kind)
-        .where(desired.c.published.is_(False), true() if forward else desired.c.kind != "install")
-        .order_by(desired.c.at)
-        .limit(limit)
-    )
+    rows = conn.execute(_WAITING if forward else _WAITING_BACK, {"most": limit})
     return [(row.device, row.body, row.generation, row.kind) for row in rows]
 
 

@@ -1,0 +1,143 @@
+"""What histories have found: each fault of ours as a story of its own."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import func, select
+
+from bench.world import texts
+from bench.world.databases import Databases
+from bench.world.world import World
+from controller.store.tables import holds
+from device_agent.protocol import Desired, Kind, open_envelope
+from telemetry.store.database import reading
+
+MARGINS = {"failed": "75%", "lost": "75%"}
+STEP = {"soak": "2s", "maxSoak": "60s", "margins": MARGINS}
+STEPS = [{"cohort": "canary", **STEP}, {"cohort": "general", **STEP}]
+DAY = 86_400.0
+
+
+def stage(databases: Databases, seed: str = "found") -> World:
+    world = World(databases, seed)
+    for n in range(6):
+        world.enrol(f"car-{n}", **({"ring": "canary"} if n < 4 else {}))
+    base = {"fleet.yaml": texts.fleet(), "policy.yaml": texts.policy()}
+    world.commit({**base, "1.yaml": texts.release("1")})
+    world.start()
+    world.run(6)
+    return world
+
+
+@pytest.fixture
+def world(databases: Databases) -> World:
+    return stage(databases)
+
+
+def publish(world: World, version: str) -> None:
+    cars = texts.rollout(version, STEPS, {"silentAfter": "20s"})
+    world.commit({f"{version}.yaml": texts.release(version), "cars.yaml": cars})
+
+
+def orders(world: World, device: str | None = None) -> list[Desired]:
+    return [open_envelope(s.payload)[0] for s in world.wire.sent if device in (None, s.device)]
+
+
+def releases(found: list[Desired]) -> list[str]:
+    return [told.release for order in found for told in order.components.values()]
+
+
+def test_a_clock_that_is_years_behind_asks_for_a_lease_now_and_then(world: World) -> None:
+    world.devices["car-0"].skew = -20 * 365 * DAY
+    publish(world, "2")
+    world.run(120)
+    assert releases(orders(world, "car-0")).count("app-2") == 1
+    world.run(300)
+    assert releases(orders(world, "car-0")).count("app-2") == 2
+
+
+def test_a_way_back_that_could_not_be_had_is_tried_again(world: World) -> None:
+    publish(world, "2")
+    world.run(9)
+    device = world.devices["car-0"]
+    assert device.disk.active[texts.COMPONENT] == texts.artifact("2")
+    device.disk.slots[texts.COMPONENT] = {texts.artifact("2")}  # the other slot is lost
+    device.flaky = 1.0
+    world.ask("rollback")
+    world.run(30)
+    assert device.disk.active[texts.COMPONENT] == texts.artifact("2")
+    device.flaky = 0.0
+    world.run(310)
+    assert device.disk.active[texts.COMPONENT] == texts.artifact("1")
+    assert world.check() == []
+
+
+def test_a_stop_sends_nobody_to_what_a_hold_rejects(world: World) -> None:
+    publish(world, "2")
+    world.run(9)
+    told = len(world.wire.sent)
+    publish(world, "3")
+    world.ask("rollback", texts.ROLLOUT)
+    world.run(0.5)  # told 3, and what they reported last is 2
+    world.ask("stop", None, scope="all")
+    world.run(40)
+    assert "app-2" not in releases(orders(world)[told:])
+    assert world.check() == []
+
+
+def test_an_empty_database_repeats_no_term_of_an_unheard_one(world: World) -> None:
+    world.ingest_away(60)
+    publish(world, "2")
+    world.run(10)
+    before = {(order.device, order.term, order.generation) for order in orders(world)}
+    world.lose_control_database(backup=False)
+    world.run(120)
+    after = {(order.device, order.term, order.generation) for order in orders(world)[len(before) :]}
+    assert before
+    assert not before & after
+    assert world.check() == []
+
+
+def test_an_old_backup_tells_nobody_what_git_has_rejected(world: World) -> None:
+    world.databases.backup()
+    publish(world, "2")
+    world.run(9)
+    world.databases.backup()
+    world.ask("rollback")
+    world.run(60)
+    with reading(world.databases.control) as conn:
+        assert conn.execute(select(func.count()).where(holds.c.commit.is_not(None))).scalar() == 1
+    told = len(world.wire.sent)
+    world.lose_control_database(backup=True)
+    world.run(120)
+    forward = [o for o in orders(world)[told:] if o.kind is Kind.INSTALL]
+    assert "app-2" not in releases(forward)
+    assert world.check() == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rollback_in_the_middle_of_a_turn(databases: Databases, seed: int) -> None:
+    """Between what the loop has decided and what the outbox sends."""
+    world = stage(databases, f"interrupted {seed}")
+    publish(world, "2")
+    world.run(1)
+    world.interrupt(lambda: world.ask("rollback"))
+    world.run(60)
+    assert world.check() == []
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("1")}
+
+
+def test_without_another_set_what_is_rejected_does_not_start(world: World) -> None:
+    """Both what runs and what it was told are rejected: it stays what it is."""
+    sleeper = world.devices["car-0"]
+    publish(world, "2")
+    world.run(0.5)
+    sleeper.sleep(50)
+    digest = texts.digest_of("1")
+    for name, version, named in (("01", "1", digest), ("02", "2", texts.digest_of("2"))):
+        hold = f"{name}mcc5sjatd4j5brjrenvfz8"
+        text = texts.hold(hold, version, named, to="previous", at="2027-01-15T08:00:00Z")
+        world.commit({f"holds/{hold}.yaml": text})
+    world.run(120)
+    assert texts.artifact("2") not in {start.digest for start in sleeper.disk.started}
