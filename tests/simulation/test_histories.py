@@ -79,6 +79,7 @@ def test_who_dies_at_a_port_call_changes_nothing(databases: Databases) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_who_dies_at_any_port_call_changes_nothing(databases: Databases) -> None:
     _, points = story(databases, frozenset())
     for k in range(1, points.count + 1):
