@@ -247,7 +247,7 @@ class _Rules:
         for rollout in self._all.rollouts.values():
             strategy = rollout.strategy
             fields = [
-                ("strategy.offline.action", strategy.offline.action is not OfflineAction.DEFER),
+                ("strategy.offline.action", strategy.offline.action is OfflineAction.FAIL),
                 ("strategy.onInconclusive", strategy.on_inconclusive.action == "grow"),
                 ("rollback.pace", rollout.rollback.pace != "immediate"),
             ]

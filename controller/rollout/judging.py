@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from controller.manifests.kinds import OnFailure, OnInconclusive
+from controller.manifests.kinds import OfflineAction, OnFailure, OnInconclusive
 from controller.rollout import case as casework
 from controller.rollout import recall, telling
 from controller.rollout.gate import Judgement, Verdict, judge
@@ -137,7 +137,7 @@ def _passes(
 ) -> bool:
     if rollout.flags.get("promoted") == rollout.step:
         return True
-    if rollout.state is RolloutState.INCONCLUSIVE:
+    if rollout.state is RolloutState.INCONCLUSIVE or _waits_for_offline(pinned, seen):
         return False
     last = rollout.step == len(pinned.waves) - 1
     if wave.recall:
@@ -339,6 +339,15 @@ def _wait(
         )
 
 
+def _waits_for_offline(pinned: Pinned, seen: Standing) -> bool:
+    """`offline: {action: wait}`: the step does not pass without those that are out of reach.
+
+    Nor without those that were told and say nothing yet: they may be on their way out of it.
+    """
+    waits = pinned.rollout.strategy.offline.action is OfflineAction.WAIT
+    return waits and seen.offline + seen.waiting > 0
+
+
 def _under_way(
     world: World,
     rollout: Rollout,
@@ -351,6 +360,9 @@ def _under_way(
     if rollout.state is RolloutState.INCONCLUSIVE:
         # Why it waits for a person stays said until one decides.
         return rollout.state, rollout.sentence
+    if soaking and _waits_for_offline(world.pinned[rollout.id], seen):
+        away = f"WAITING — {wave.name}: {seen.words()}; all of them are waited for"
+        return RolloutState.SOAKING, f"{away}; {judgement.sentence}"
     if soaking:
         return RolloutState.SOAKING, judgement.sentence
     held = telling.held_back(world, rollout, now)
