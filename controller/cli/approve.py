@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,8 @@ def approve(
         print(f"{asked['kind']} by {asked['proposer']}: {_about(asked)}")
         print(f"plan {asked['digest']}")
     verb = "reject" if reject else "approve"
+    if digest is None and not reject and sys.stdin.isatty():
+        typer.confirm(f"Approve exactly this ({what} --show has all of it)?", abort=True)
     body = {"digest": digest or asked["digest"], "reason": reason, "breakGlass": break_glass}
     done = api.post(f"/approvals/{asked['id']}:{verb}", body)
     if output is Output.JSON:

@@ -82,6 +82,16 @@ def serve(
     tick_interval: Annotated[
         float | None, typer.Option(help="Seconds between turns of the loop. [default: 0.5]")
     ] = None,
+    lease: Annotated[
+        float | None,
+        typer.Option(help="Seconds until another controller takes over. [default: 10]"),
+    ] = None,
+    retention: Annotated[
+        float | None, typer.Option(help="Seconds that raw health is kept. [default: 1209600]")
+    ] = None,
+    audit_anchor: Annotated[
+        float | None, typer.Option(help="Seconds between audit anchors in Git. [default: 86400]")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with settings; flags and variables win.")
     ] = None,
@@ -114,6 +124,9 @@ def serve(
         "oidc_roles": oidc_roles,
         "notify": notify,
         "rate_limit": rate_limit,
+        "lease": lease,
+        "retention": retention,
+        "audit_anchor": audit_anchor,
         "webhook_secret_file": webhook_secret_file,
         "allowed_signers": allowed_signers,
         "forge": forge,

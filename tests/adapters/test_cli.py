@@ -300,6 +300,14 @@ def test_flags_beat_the_environment_that_beats_the_file(
     assert (found.repo, found.path, found.branch) == ("flag", "environment", "file")
 
 
+def test_every_setting_is_a_flag() -> None:
+    import inspect
+
+    from controller.cli.serve import serve
+
+    assert set(Settings.model_fields) <= set(inspect.signature(serve).parameters)
+
+
 def test_beyond_loopback_needs_authentication() -> None:
     with pytest.raises(SettingsError, match="--auth required"):
         load({"listen": "0.0.0.0:8420"})
