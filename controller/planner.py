@@ -24,6 +24,7 @@ from controller.rollout.world import Head, Scored, World
 from controller.store import rollouts as store
 from telemetry.report import TelemetryReader, Totals
 from telemetry.score import bands, score
+from telemetry.score_days import ScoreDays
 from telemetry.store.database import reading
 
 
@@ -106,18 +107,18 @@ def _world(
 def _scores(
     head: Head, devices: Mapping[str, Device], reader: TelemetryReader, now: float
 ) -> dict[str, Scored]:
-    scores = {}
+    scores, days = {}, ScoreDays(reader)
     for fleet in head.manifests.fleets.values():
         policy = head.manifests.policies.get(fleet.health_policy)
         if policy is None:
             continue
         spec = policy.score
-        totals = reader.totals(since=now - spec.window.total_seconds(), until=now)
-        result = score(totals, spec)
+        # As the loop does it: quintiles of this fleet alone, day by day where the preset wants it.
+        ours = {name for name, device in devices.items() if device.fleet == fleet.name}
+        result = score([day.of(ours) for day in days.read(spec, now)], spec)
         values = {
             name: (None if value != value else float(value), int(band))
             for name, value, band in zip(result.devices, result.value, bands(result), strict=True)
-            if name in devices and devices[name].fleet == fleet.name
         }
         size = sum(d.fleet == fleet.name and d.governed for d in devices.values())
         scored = sum(value is not None for value, _ in values.values())
