@@ -178,6 +178,11 @@ def test_guardrails_of_a_real_judgement(name: str, tone: Tone) -> None:
         assert found.binding
 
 
+def test_what_the_policy_measures_stands_before_what_is_always_watched() -> None:
+    names = [rail.name for rail in evidence.guardrails(story("clean", 1)[-1].numbers)]
+    assert names == ["disengagement", "update ok", "lost", "silence", "cabin cpu"]
+
+
 def test_numbers_that_are_none_are_shown_as_unknown() -> None:
     odd = {
         "guardrails": {"x": {"kind": "events", "band": [None, 3], "harm": None}, "y": "nonsense"}

@@ -79,7 +79,13 @@ def guardrails(numbers: Plain) -> tuple[Guardrail, ...]:
         for name, one in (numbers.get("guardrails") or {}).items()
         if isinstance(one, Mapping)
     ]
-    return tuple(sorted(found, key=lambda g: (not g.binding, g.dry_run, -(g.harm or 0.0), g.name)))
+    return tuple(sorted(found, key=_urgency))
+
+
+def _urgency(rail: Guardrail) -> tuple[bool, bool, bool, int, str]:
+    """The binding one, then what leans to harm, then what the policy measures, then the rest."""
+    leans = (rail.harm or 0.0) >= 1
+    return not rail.binding, rail.dry_run, not leans, _RANK.get(rail.kind, 9), rail.name
 
 
 def _guardrail(

@@ -49,6 +49,9 @@ _VERDICT: Mapping[str, tuple[str, Tone]] = {
     "roll_back": ("Rolled back", Tone.BAD),
     "inconclusive": ("Inconclusive", Tone.WAIT),
     "open": ("Opened", Tone.MOVING),
+    "opened": ("Opened", Tone.MOVING),
+    "drawn": ("Drawn", Tone.IDLE),
+    "approve": ("Approved", Tone.GOOD),
 }
 _MEMBER: Mapping[str, tuple[str, Tone]] = {
     "drawn": ("Not told yet", Tone.IDLE),
