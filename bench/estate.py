@@ -15,7 +15,7 @@ from functools import cache
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, Engine, insert
+from sqlalchemy import Connection, Engine, Table, insert
 
 from bench.estate_evidence import Told, story
 from controller import audit, ulid
@@ -122,6 +122,13 @@ def _git(now: float) -> dict[str, Any]:
         "heard_at": now - 9,
         "problems": [],
     }
+
+
+def _put(conn: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Rows in the order of the table's columns; JSON columns hold plain data."""
+    names = [column.name for column in table.columns]
+    if rows:
+        conn.execute(insert(table), [dict(zip(names, row, strict=True)) for row in rows])
 
 
 @cache
@@ -257,13 +264,11 @@ class _History:
             self._member(rollout, place, device, state, at, previous, len(reached))
             for place, device in enumerate(reached)
         ]
-        bulk.insert(conn, tables.members, rows)
+        _put(conn, tables.members, rows)
         if newest:
             self._draw(conn, rollout, rows, at)
         counted = Counter((row[2], row[3], row[9]) for row in rows)
-        bulk.insert(
-            conn, tables.member_counts, [(rollout, *key, n) for key, n in sorted(counted.items())]
-        )
+        _put(conn, tables.member_counts, [(rollout, *key, n) for key, n in sorted(counted.items())])
 
     def _draw(
         self, conn: Connection, rollout: str, rows: Sequence[tuple[Any, ...]], at: float
@@ -305,7 +310,7 @@ class _History:
             self.line.models[place % len(self.line.models)],
             place % 5,
             100.0 - (place % 400) / 10,
-            json.dumps(previous),
+            dict(previous),
             "drawn" if control else word,
             "" if control else reason,
             None if control or word == "drawn" else f"{rollout}.{step}",
@@ -471,7 +476,7 @@ def _devices(conn: Connection, tele: Connection, history: _History, chance: rand
         labels = {"fleet": line.fleet, "hardware": hardware, "region": ("eu", "ch")[place % 2]}
         change = len(history.devices) + place + 1
         registry.append(
-            (device, line.fleet, json.dumps(labels), "active", 1, 0, now - 90 * DAY, now - 89 * DAY,
+            (device, line.fleet, labels, "active", 1, 0, now - 90 * DAY, now - 89 * DAY,
              None, None, change)
         )  # fmt: skip
         online = chance.random() > 0.12
@@ -488,10 +493,10 @@ def _devices(conn: Connection, tele: Connection, history: _History, chance: rand
         runs = newest if new else proven
         reports.append(_report(device, runs, proven, "COMMITTED" if new else "IDLE", now))
         orders.append(_order(device, runs, now))
-    bulk.insert(conn, tables.devices, registry)
+    _put(conn, tables.devices, registry)
     bulk.insert(tele, heard.contacts, contacts)
     bulk.insert(tele, heard.reports, reports)
-    bulk.insert(conn, tables.desired, orders)
+    _put(conn, tables.desired, orders)
     bulk.insert(tele, heard.rollups, list(_rollups(history.devices, now, chance)))
 
 
@@ -525,7 +530,7 @@ def _report(device: str, runs: Release, before: Release, state: str, now: float)
 def _order(device: str, runs: Release, now: float) -> tuple[Any, ...]:
     part = runs.artifacts[0]
     components = {part.component: {"release": runs.name, "digest": part.digest, "at": now - DAY}}
-    return (device, 1, 1, "a.0", "install", json.dumps(components), None, b"{}", now - DAY, True)
+    return (device, 1, 1, "a.0", "install", components, None, b"{}", now - DAY, True)
 
 
 def _second_person(conn: Connection, rollout: str, now: float) -> None:

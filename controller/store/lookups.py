@@ -163,6 +163,23 @@ def told_members(conn: Connection, rollout: str, limit: int) -> list[str]:
     return [*conn.execute(told).scalars(), *conn.execute(silent).scalars()]
 
 
+def failures(conn: Connection, rollout: str, limit: int) -> list[tuple[str, str, int]]:
+    """(state, reason, devices) of those that failed or fell silent, the most frequent first."""
+    n = func.count()
+    query = (
+        select(members.c.state, members.c.reason, n)
+        .where(
+            members.c.rollout == rollout,
+            members.c.state.in_(("failed", "silent")),
+            members.c.arm != "control",
+        )
+        .group_by(members.c.state, members.c.reason)
+        .order_by(n.desc(), members.c.reason)
+        .limit(limit)
+    )
+    return [(state, reason, count) for state, reason, count in conn.execute(query)]
+
+
 def waiting_commands(conn: Connection, rollout: str) -> list[Plain]:
     """What people asked of a rollout and the loop has not done yet, oldest first."""
     query = select(commands).where(commands.c.state == "recorded", commands.c.rollout == rollout)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy import Engine, func, insert, select, update
 from starlette.testclient import TestClient
 
 from bench import estate
+from controller.http.app import create_app
 from controller.http.dashboard import rendering
 from controller.http.dashboard.census import Census
 from controller.http.dashboard.live import Live
@@ -200,6 +202,38 @@ def test_what_two_people_must_want_waits_for_the_second(house: Any) -> None:
         command = conn.execute(select(commands)).one()
     assert (command.kind, command.reason) == ("promote", "no time <b>")
     assert "GRANTED" in second.get(path, headers=HTML).text
+
+
+def test_every_page_is_read_from_both_databases(house: Any, database_url: str) -> None:
+    """The same estate in SQLite and in PostgreSQL, where both stores share one database."""
+    control = open_control(database_url)
+    telemetry = open_engine(database_url.replace("test.db", "telemetry.db"))
+    create_schema(telemetry)
+    filled = estate.fill(control, telemetry, devices=60, rollouts=12, now=NOW)
+    deps = replace(house.deps, engine=control, reader=Store(telemetry))
+    client = TestClient(
+        create_app(deps),
+        base_url="http://127.0.0.1:8420",
+        client=("127.0.0.1", 50_000),
+        headers=HTML,
+    )
+    rollout = filled.rollouts["model-y-us"][-1]
+    with reading(control) as conn:
+        decision = lookups.decisions_of(conn, rollout, 2)[1].id
+        approval = lookups.waiting_approvals(conn, frozenset(), 1)[0]["id"]
+    for path in (
+        "/", "/oncall", "/stop", "/board", "/audit?subject=lab-000001", "/releases", "/decisions",
+        "/rollouts?state=Paused&fleet=trams-zurich", f"/rollouts/{rollout}",
+        f"/rollouts/{rollout}/lift",
+        f"/devices?rollout={rollout}&member=updated", "/devices?fleet=lab&status=active&q=lab-",
+        f"/devices/{filled.devices['lab'][1]}", "/releases/autopilot-lab-10.1.0",
+        f"/decisions/{decision}", f"/approvals/{approval}",
+        f"/rollouts/{filled.rollouts['model-3-eu'][-1]}/rollback",
+    ):  # fmt: skip
+        answer = client.get(path)
+        assert answer.status_code == 200, (path, answer.text[:500])
+    control.dispose()
+    telemetry.dispose()
 
 
 # -- counters -------------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def _rollout(eyes: Eyes, name: str) -> Plain:
             one, fixes, eyes.book.cohort_sizes(row.fleet), (row.flags or {}).get("standing") or {}
         ),
         "verbs": rollout_page.verbs(one, eyes.who, active),
+        "failures": lookups.failures(conn, row.id, 8),
         "waiting": lookups.waiting_commands(conn, row.id),
         "approvals": [
             one
