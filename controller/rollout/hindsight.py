@@ -163,7 +163,10 @@ def _look(past: Past, policy: Policy, seen: Observations, at: float) -> Seen:
     last = recorded[-1] if recorded else past.recorded[0]
     waited = max(0.0, at - last.at) if last.verdict == Verdict.WAIT else 0.0
     step = replace(last.case.step, soaked=last.case.step.soaked + waited)
-    case = replace(last.case, policy=policy, observations=seen, step=step)
+    # Messages are kept for some days; after that the observations that were recorded speak.
+    heard = any(arm.reporting for arm in seen.arms)
+    kept = seen if heard or not last.case.observations.arms else last.case.observations
+    case = replace(last.case, policy=policy, observations=kept, step=step)
     return Seen(at=at, case=case, judgement=judge(case))
 
 

@@ -138,6 +138,15 @@ def test_a_metric_that_nobody_reported_is_said_to_be_unobserved() -> None:
     assert lines[-1] == "unheard: no message carried it; it was not observed"
 
 
+def test_when_the_messages_are_gone_the_recorded_observations_speak() -> None:
+    seen = retry(past(), pages(rows(6.0), 5000), STRICT)[-1].case.observations
+    known = past()
+    kept = tuple(replace(one, case=replace(one.case, observations=seen)) for one in known.recorded)
+    looks = retry(replace(known, recorded=kept), [], STRICT)
+    assert looks[-1].judgement.verdict is Verdict.ROLL_BACK
+    assert looks[-1].case.observations == seen
+
+
 def test_a_past_without_verdicts_has_nothing_to_judge() -> None:
     empty = replace(past(), recorded=())
     assert retry(empty, [], STRICT) == []
