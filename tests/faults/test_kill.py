@@ -22,7 +22,12 @@ from telemetry.store import seen
 
 from .proxy import seed
 
-pytestmark = [pytest.mark.story, pytest.mark.timeout(900), pytest.mark.xdist_group("story")]
+pytestmark = [
+    pytest.mark.story,
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("story"),
+]
 
 DEVICES = 90
 
@@ -69,7 +74,7 @@ class Killer:
                         self.told_held.add((device, digest))
 
 
-@pytest.mark.parametrize("pause", [25.0, pytest.param(12.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("pause", [25.0, 12.0])  # seconds, about
 def test_the_story_ends_the_same_whoever_is_killed(tmp_path: Path, pause: float) -> None:
     number = seed()
     root, pids = tmp_path / "demo", tmp_path / "pids.json"

