@@ -2,6 +2,7 @@
 
 Seed S with R runs tells the histories S, S+1, … S+R−1, over `jobs` processes. A seed that breaks a
 promise is printed with the command that tells it again; with `--runs 1` its whole trace is printed.
+`--seconds` ends it after that time, with what was told until then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bench.world.history import Outcome
 
 HISTORIES_PER_MINUTE = 1_000.0  # on two cores
 DEFAULT_RUNS = 1_000
-_LOT = 20  # histories handed to a process at once
+_LOT = 10  # histories handed to a process at once
 
 
 def run(options: Options) -> list[Row]:
@@ -35,11 +36,14 @@ def run(options: Options) -> list[Row]:
         for one in outcomes:
             if one.findings:
                 _print_broken(one)
+        if options.seconds is not None and time.perf_counter() - began > options.seconds:
+            break
+    runs = len(told)
     seconds = time.perf_counter() - began
     if runs == 1:
         print("\n".join(told[0].lines), file=sys.stderr)
     broken = sorted((one.seed for one in told if one.findings), key=int)
-    more = {"seeds": f"{seeds[0]}–{seeds[-1]}", "processes": options.jobs}
+    more = {"seeds": f"{seeds[0]}–{max(int(one.seed) for one in told)}", "processes": options.jobs}
     return [
         Row(
             name="histories",
