@@ -91,7 +91,7 @@ def _free_port() -> int:
 
 
 def _await(url: str, child: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300  # the registry of 100,000 devices is copied first
     while child.poll() is None and time.monotonic() < until:
         try:
             if httpx2.get(f"{url}/readyz", timeout=10).status_code == 200:
