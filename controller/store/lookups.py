@@ -19,6 +19,7 @@ from controller.store.tables import (
     devices,
     holds,
     looks,
+    member_counts,
     members,
     proven,
     releases,
@@ -152,6 +153,16 @@ def decisions_of(conn: Connection, rollout: str, limit: int) -> Rows:
     short = [column for column in decisions.c if column.name not in ("inputs", "policy")]
     query = select(*short).where(decisions.c.rollout == rollout)
     return conn.execute(query.order_by(decisions.c.id.desc()).limit(limit)).all()
+
+
+def history_of(conn: Connection, fleet: str) -> tuple[int, int]:
+    """(rollouts there ever were, members of those of this fleet): what an exact look reads."""
+    all_of_them = conn.execute(select(func.count()).select_from(rollouts)).scalar_one()
+    counts = select(func.coalesce(func.sum(member_counts.c.n), 0)).join(
+        rollouts, rollouts.c.id == member_counts.c.rollout
+    )
+    ours = conn.execute(counts.where(rollouts.c.fleet == fleet)).scalar_one()
+    return int(all_of_them), int(ours)
 
 
 def told_members(conn: Connection, rollout: str, limit: int) -> list[str]:

@@ -38,7 +38,8 @@ from telemetry.store.database import reading
 router = APIRouter(include_in_schema=False)
 Text = Annotated[str, Query(max_length=128)]
 Form = Annotated[Submitted, Depends(submitted)]
-_FEW = 2_000  # members: up to here every dialog looks at each device
+_FEW = 2_000  # members of the fleet's rollouts: up to here every dialog looks at each device
+_FEW_ROLLOUTS = 60
 _COUNTED = 20_000  # devices whose contact a dialog looks up
 
 
@@ -96,11 +97,12 @@ def _dialog(
         must(page.who, VERBS[verb][1], row.fleet)
         told = lookups.told_members(conn, row.id, _COUNTED) if verb == "rollback" else []
         stops = views.active_stops(conn)
+        rollouts, ours = lookups.history_of(conn, row.fleet)
     part: dict[str, Any] | None = None
     try:
         part = _scope(typed.get("scope", ""), verb)
         plan = commands.preview(page.deps.engine, kind=verb, rollout=row.id)
-        few = sum(plan["members"].values()) <= _FEW
+        few = rollouts <= _FEW_ROLLOUTS and ours <= _FEW
         if verb == "rollback" and (part or few or typed.get("exact")):
             plan = preview(
                 page.deps.engine, page.book.seen, kind=verb, rollout=row.id,
