@@ -30,7 +30,7 @@ POLICY = Policy(
 
 
 def rows() -> list[Row]:
-    """Milliseconds of one core for a tick, and bytes of state: 8 guardrails beside the outcome's, 10 strata."""
+    """Milliseconds of one core a tick, bytes of state: 8 guardrails and outcomes, 10 strata."""
     found = []
     for size in SIZES:
         milliseconds, stored = _measure(size)
