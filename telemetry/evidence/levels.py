@@ -8,7 +8,8 @@ Decides δ and its variance V from sums over devices, and turns them into eviden
 
 δ is first replaced by the value with the same one-sided p under Student's t with Welch's degrees of
 freedom (n₁ + n₀ − 3 would be far too many where 3 devices meet 3,000 controls), and no arm counts
-as more certain than the fleet's usual scatter: few devices do not claim what only many can.
+as more certain than the fleet's usual scatter: few devices do not claim what only many can. A
+repeat rate's degrees of freedom are the devices that its events came from, not those enrolled.
 K3 is *replaced* each tick: it is a cumulative estimate.
 
 Level: y = device mean since enrolment, x = its mean before; θ = pooled within-arm slope;
@@ -110,12 +111,21 @@ def repeat(pairs: Iterable[Pair], min_events: float, rule: Rule | None = None) -
     wide = max(1.0, scatter / events) if events else 1.0
     total = Normal()
     for one, zero in pairs:
-        parts = [_part(_clustered(arm) * arm.n, wide * arm.n / arm.y, arm) for arm in (one, zero)]
+        parts = [(max(_clustered(arm), wide / arm.y), _contributors(arm)) for arm in (one, zero)]
         variance, df = _welch(parts)
         dispersion = variance / (1 / one.y + 1 / zero.y)
         z = _root_deviance(one, zero) / math.sqrt(dispersion)
         total += (rule or _normal)(z * math.sqrt(variance), variance, df)
     return total
+
+
+def _contributors(arm: Sums) -> float:
+    """How many devices as frequent as each other would scatter like these: (ΣO)²/ΣO² (Kish 1965).
+
+    Events of two devices are two observations, however many events and however many silent
+    devices beside them: in a heavy-tailed fleet nothing else keeps 10 devices from claiming much.
+    """
+    return arm.y * arm.y / arm.yy if arm.yy > 0 else 0.0
 
 
 def _root_deviance(one: Sums, zero: Sums) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from controller.rollout.gate import (
     judge,
     needed,
 )
-from telemetry.evidence import first_events
+from telemetry.evidence import first_events, levels
 from telemetry.evidence.ledger import Enrolment, Ledger, Observations, merge
 from telemetry.policy import Engine, Gate, GateType, Margin, Policy
 from telemetry.report import HealthRow, Level
@@ -210,15 +211,25 @@ def test_nothing_observed_never_passes() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_six_fold_rise_in_a_canary_of_12_is_caught(seed: int) -> None:
+def test_a_six_fold_rise_in_a_canary_of_24_is_caught(seed: int) -> None:
     judged = []
-    for seen in fleet(DRIVING, ratio=6, seed=seed):
-        case = Case(policy=DRIVING, step=SOAKED, outcomes=(clean(12),), observations=seen)
+    for seen in fleet(DRIVING, ratio=6, seed=seed, n1=24, n0=120):
+        case = Case(policy=DRIVING, step=SOAKED, outcomes=(clean(24),), observations=seen)
         judged.append(judge(case))
     caught = [j for j in judged if j.verdict is Verdict.ROLL_BACK]
     assert caught
     assert caught[0].sentence.startswith("ROLLED BACK — disengagement")
     assert "control" in caught[0].sentence
+
+
+def test_many_events_of_two_devices_are_two_observations() -> None:
+    """A heavy-tailed fleet of 10: two busy devices beside eight silent ones prove nothing."""
+    busy = levels.Sums(n=10, y=30, x=6, yy=2 * 15**2, xy=30 * 0.6, xx=3.6)
+    control = levels.Sums(n=50, y=30, x=30, yy=60, xy=18, xx=18)
+    even = levels.Sums(n=10, y=30, x=6, yy=10 * 3**2, xy=18, xx=3.6)
+    scale = math.log(2)
+    assert levels.harm(levels.repeat([(busy, control)], 10), scale) < 20
+    assert levels.harm(levels.repeat([(even, control)], 10), scale) > 160
 
 
 def test_harmless_small_fleets_are_not_rolled_back_under_peeking() -> None:
