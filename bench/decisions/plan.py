@@ -6,6 +6,7 @@ is exposed. What a method decides, it decides in `judge`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ class Result:
     cause: str = ""
 
 
-class Rollout:
+class Rollout(ABC):
     """One method's rollout of one release over one fleet."""
 
     name = ""
@@ -55,8 +56,9 @@ class Rollout:
 
     # -- what a method decides --------------------------------------------------------------------
 
+    @abstractmethod
     def judge(self, hour: Hour) -> None:
-        raise NotImplementedError
+        """Look at the hour that has passed; call what ends or widens the plan."""
 
     def wanted(self, at: int) -> int:
         """How many devices, in order, may have the release now."""

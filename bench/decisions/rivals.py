@@ -7,6 +7,7 @@ this fleet. Sources and what is approximated: `docs/decisions/0022-the-benchmark
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import numpy as np
 
@@ -29,8 +30,9 @@ class Rival(Rollout):
     def forget(self) -> None:
         """A new wave is judged from its own beginning."""
 
+    @abstractmethod
     def stops(self, hour: Hour) -> bool:
-        raise NotImplementedError
+        """Does this hour roll the release back?"""
 
     def judge(self, hour: Hour) -> None:
         if self.stops(hour):
