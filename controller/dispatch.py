@@ -170,7 +170,7 @@ class _View:
             member, rollout = world.members[name][device.id], world.rollouts[name]
             if rollout.active and rollout.fleet == fleet:
                 speaking.append((rollout, member))
-            if member.previous is not None and member.state is not MemberState.DRAWN:
+            if member.previous and member.state is not MemberState.DRAWN:
                 past[rollout.name] = member
         if fleet not in self._holds:
             self._holds[fleet] = [hold for hold in world.holds if hold.fleet == fleet]

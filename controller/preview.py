@@ -269,7 +269,7 @@ def _place(
             continue
         if rollout.active:
             speaking.append((rollout, member))
-        if member.previous is not None and member.state is not MemberState.DRAWN:
+        if member.previous and member.state is not MemberState.DRAWN:
             past[rollout.name] = member
     proven = {
         component: value

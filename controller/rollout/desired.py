@@ -223,9 +223,31 @@ def _by_rollout(
         proven = place.proven.get(component)
         if proven is not None and proven.at > at:
             continue
+        if member.state is MemberState.FAILED and _gave_up(place, component, rollout):
+            if base is not None and base.rollout == rollout.id:
+                base = _as_it_runs(place, component, now)
+            continue
         told = Told(release=rollout.release, digest=digest, at=at, rollout=rollout.id)
         return told, member.attempt, member.arm is Arm.RETURNING
     return base, None, False
+
+
+def _gave_up(place: Place, component: str, rollout: Rollout) -> bool:
+    """Does a failed member no longer wait for this release? It keeps the order that it failed at,
+    unless what it fell back to is rejected: then it goes on back, and is not told again after it.
+    """
+    running = place.running.get(component)
+    if running is not None and any(running.digest in hold.artifacts for hold in place.holds):
+        return running.digest != rollout.artifacts[component]
+    last = place.last.components.get(component) if place.last else None
+    return last is not None and last.rollout != rollout.id
+
+
+def _as_it_runs(place: Place, component: str, now: float) -> Told | None:
+    running = place.running.get(component)
+    if running is None:
+        return None
+    return Told(release=running.release, digest=running.digest, at=now, rollout=None)
 
 
 def _by_holds(

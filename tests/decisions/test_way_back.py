@@ -16,6 +16,8 @@ from controller.rollout.model import (
     MemberState,
     Order,
     Proven,
+    Rollout,
+    RolloutState,
     Told,
 )
 from device_agent.protocol import ComponentReport, Kind
@@ -118,3 +120,49 @@ def test_a_lost_memory_keeps_what_runs_whatever_the_baseline_says() -> None:
     assert target is not None
     assert target.components["app"].release == "fsd-10.3"
     assert target.kind is Kind.INSTALL
+
+
+def failed_at_the_next(version: str = "10.0") -> Place:
+    """10.3 was rejected, and before the device was back it failed at a later release."""
+    at = place()
+    later = Rollout(
+        id="later", name="cars", fleet="eu", release=f"fsd-{version}", digest="sha256:" + "e" * 64,
+        artifacts={"app": DIGESTS[version]}, commit="c", author="", state=RolloutState.SOAKING,
+        sentence="", revision=1, step=0, opened_at=950.0, step_at=950.0, seed="s", pinned={},
+    )  # fmt: skip
+    member = replace(
+        at.past["cars"], state=MemberState.FAILED, told_at=950.0, attempt="later.0", previous=None
+    )
+    return replace(
+        at,
+        memberships=((later, member),),
+        last=Order(
+            device="car-1", term=1, generation=3, attempt="later.0", kind="install",
+            components={"app": replace(told(version, 950.0), rollout="later")}, at=950.0,
+        ),
+    )  # fmt: skip
+
+
+def test_who_failed_at_the_next_release_and_runs_a_rejected_one_goes_back() -> None:
+    assert goes_to(failed_at_the_next()) == "fsd-10.2"
+
+
+def test_once_back_it_is_not_told_again_what_it_failed_at() -> None:
+    at = failed_at_the_next()
+    report = ComponentReport(release="fsd-10.2", digest=DIGESTS["10.2"], committed=True)
+    back = Order(
+        device="car-1", term=1, generation=4, attempt="h.back", kind="rollback",
+        components={"app": replace(told("10.2", 990.0), rollout=None)}, at=990.0,
+    )  # fmt: skip
+    target = compose(replace(at, running={"app": report}, last=back), catalog(), NOW)
+    assert target is not None
+    assert target.components["app"].release == "fsd-10.2"
+
+
+def test_who_failed_and_runs_nothing_rejected_keeps_the_order_that_it_failed_at() -> None:
+    at = failed_at_the_next()
+    report = ComponentReport(release="fsd-10.2", digest=DIGESTS["10.2"], committed=True)
+    target = compose(replace(at, running={"app": report}), catalog(), NOW)
+    assert target is not None
+    assert target.components["app"].release == "fsd-10.0"
+    assert target.attempt == "later.0"
