@@ -102,17 +102,24 @@ class Repo:
         subprocess.run(["git", "clone", "-q", str(self.bare), str(self._work)], check=True)
 
     def commit(self, version: str) -> None:
-        self._git("pull", "-q", "--rebase", "origin", "main", check=False)
+        """Push app `version` to everybody, over whatever the controller pushes meanwhile."""
         (self._work / "fleet.yaml").write_text("---\n".join(_documents(version)))
         self._git("add", "-A")
         self._git("commit", "-q", "-m", f"app {version}")
-        self._git("push", "-q", "origin", "HEAD:main")
+        eventually(self._pushed, 60, f"app {version} is pushed")
 
-    def _git(self, *words: str, check: bool = True) -> None:
+    def _pushed(self) -> bool:
+        if self._git("push", "-q", "origin", "HEAD:main", check=False):
+            return True
+        self._git("pull", "-q", "--rebase", "origin", "main")
+        return False
+
+    def _git(self, *words: str, check: bool = True) -> bool:
         who = ("-c", "user.name=ann", "-c", "user.email=ann@example.com")
-        subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(self._work), *who, *words], check=check, capture_output=not check
         )
+        return done.returncode == 0
 
 
 def _documents(version: str) -> list[str]:
@@ -173,7 +180,8 @@ class Service:
         return any(row["detail"]["reason"] == reason for row in rows["items"])
 
     def holds_in_git(self) -> bool:
-        return all(hold["commit"] for hold in self.rollout().get("holds", ()))
+        holds = self.rollout().get("holds", ())
+        return bool(holds) and all(hold["commit"] for hold in holds)
 
 
 @pytest.fixture
