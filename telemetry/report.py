@@ -1,7 +1,8 @@
 """What the store holds of the devices' words: the frozen rows that evidence and the loop read.
 
 Only data here. `telemetry.store` writes and reads these rows, `telemetry.evidence` and
-`controller.loop` fold them. Times are Unix seconds by the server's clock unless said otherwise.
+`controller.listening` fold them. Times are Unix seconds by the server's clock unless said
+otherwise.
 
 The *hearing clock* counts the seconds in which the server could hear (its loopback probe went
 through broker and ingest). Silence is measured on it, so an outage of ours silences nobody.

@@ -303,7 +303,8 @@ def test_evidence_that_was_half_read_counts_once(cars: Story) -> None:
     cars.run(2, work=False)
     see(cars)
     cars.run(2)
-    assert cars.loop._evidence.watermark == cars.world.batch or cars.loop._blind is False
+    assert cars.loop._listening.evidence.watermark == cars.world.batch
+    assert not cars.loop._listening.blind
 
 
 def test_orders_that_a_device_never_got_go_out_again(cars: Story) -> None:

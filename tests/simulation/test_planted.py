@@ -15,7 +15,7 @@ from sqlalchemy import update as sql_update
 from bench.world import server, texts
 from bench.world.databases import Databases
 from bench.world.world import World
-from controller import audit, dispatch, loop
+from controller import audit, dispatch
 from controller.rollout import desired, drawing, judging, telling
 from controller.rollout.ears import Ears
 from controller.rollout.gate import Verdict
@@ -227,7 +227,7 @@ def keeps_no_record(patch: pytest.MonkeyPatch) -> None:
     def some(conn: Any, **more: Any) -> int:
         return 0 if more["action"].startswith("draw") else append(conn, **more)
 
-    patch.setattr(loop.audit, "append", some)
+    patch.setattr(audit, "append", some)
 
 
 def counts_silence_by_the_clock(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,125 @@
+"""What the loop knows by the control database: read once, then kept in step with what it records.
+
+The database is the truth: after any failure the loop makes a new memory. What other processes
+write (registry, commands, holds, stops, rules) is read again in every turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy import Connection
+
+from controller.manifests.kinds import Release
+from controller.registry_copy import RECOVERED
+from controller.rollout import desired, recovery
+from controller.rollout.model import ActiveHold, ActiveStop, Device
+from controller.rollout.waves import Pinned
+from controller.rollout.world import Command
+from controller.store import approvals as approval_rows
+from controller.store import rollouts as store
+from telemetry.report import DeviceRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What people want: as long as two of these are equal, nobody wants anything new."""
+
+    holds: Sequence[ActiveHold] = ()
+    stops: Sequence[ActiveStop] = ()
+    rules: Mapping[str, Mapping[str, int]]
+    granted: Mapping[str, str]
+
+
+class Memory:
+    def __init__(self, conn: Connection) -> None:
+        self.rollouts = store.load_rollouts(conn)
+        self.members = store.load_members(conn)
+        self.orders = store.load_orders(conn)
+        self.proven = store.load_proven(conn)
+        self.documents = {
+            name: Release.model_validate(document)
+            for name, document in store.load_releases(conn).items()
+        }
+        self.commit: str | None = store.get_meta(conn, "head_commit")
+        self.recovered_at: float | None = store.get_meta(conn, "recovered_at")
+        self.recovered = store.get_meta(conn, RECOVERED) is not None
+        self.restored = False
+        self.catalog = desired.Catalog(releases=self.documents)
+        self.pinned = {r.id: Pinned.from_json(r.pinned) for r in self.rollouts.values()}
+        self.devices: dict[str, Device] = {}
+        self.holds: list[ActiveHold] = []
+        self.stops: list[ActiveStop] = []
+        self.commands: list[Command] = []
+        self.rules: dict[str, dict[str, int]] = {}
+        self.granted: dict[str, str] = {}
+        self.rejected: frozenset[str] = frozenset()
+        self._registry = 0
+
+    @property
+    def wishes(self) -> Wishes:
+        return Wishes(holds=self.holds, stops=self.stops, rules=self.rules, granted=self.granted)
+
+    @property
+    def in_force(self) -> frozenset[str]:
+        """Ids of the holds and stops that this turn knows."""
+        return frozenset([*(hold.id for hold in self.holds), *(stop.id for stop in self.stops)])
+
+    def read(self, conn: Connection) -> list[Device]:
+        """Take in what others wrote; answers the devices whose registry rows changed."""
+        changed, self._registry = store.load_devices(conn, self._registry)
+        self.commands = store.load_commands(conn)
+        self.read_holds(conn)
+        self.stops = store.load_stops(conn)
+        self.rules, self.granted = approval_rows.load_rules(conn), approval_rows.load_granted(conn)
+        for rollout, revision in store.revisions(conn).items():
+            known = self.rollouts.get(rollout)
+            if known is not None and known.revision != revision:  # the API recorded a command
+                self.rollouts[rollout] = replace(known, revision=revision)
+        self.devices.update((device.id, device) for device in changed)
+        return changed
+
+    def read_holds(self, conn: Connection) -> None:
+        self.holds, self.rejected = store.load_holds(conn)
+
+    def adopt(self, documents: Mapping[str, Release]) -> None:
+        """These release documents are ours now, too."""
+        self.documents.update(documents)
+        self.catalog = desired.Catalog(releases=self.documents)
+
+    def of_fleet(self, fleet: str) -> Iterator[str]:
+        return (d.id for d in self.devices.values() if d.fleet == fleet)
+
+    def concerned(self, before: Sequence[ActiveHold], seen: Mapping[str, DeviceRow]) -> list[str]:
+        """Devices that a new hold may send elsewhere, and the fleets of holds that were lifted."""
+        lifted = {hold.fleet for hold in before if hold not in self.holds}
+        new = {digest for hold in self.holds if hold not in before for digest in hold.artifacts}
+        return [
+            name
+            for name, device in self.devices.items()
+            if device.fleet in lifted or (new and self._has(name, seen.get(name), new))
+        ]
+
+    def _has(self, device: str, row: DeviceRow | None, digests: set[str]) -> bool:
+        """Does this device run, or was it told, one of these?"""
+        order = self.orders.get(device)
+        running = row.components.values() if row is not None else ()
+        told = order.components.values() if order is not None else ()
+        return any(c.digest in digests for c in running) or any(c.digest in digests for c in told)
+
+    def find_what_was_lost(self, seen: Mapping[str, DeviceRow]) -> bool:
+        """Do devices obey words that the database does not know? It was wiped, or is a backup.
+
+        Answers whether it is an older one than that.
+        """
+        lost = any(
+            recovery.foreign(
+                device, seen.get(device.id), self.orders.get(device.id), self.recovered_at
+            )
+            for device in self.devices.values()
+        )
+        older = lost and bool(self.rollouts)
+        self.restored = self.restored or older
+        self.recovered = self.recovered or (lost and not self.rollouts)
+        return older
