@@ -28,6 +28,7 @@ from telemetry.store import tables as heard
 from telemetry.store.database import writing
 
 DAY = 86_400.0
+_BATCH = 500  # devices that spoke in one batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,8 @@ def fill(
             history = _History(line, found[line.fleet], len(opened[line.fleet]), now, chance, told)
             opened[line.fleet] = history.write(conn)
             _devices(conn, tele, history, chance)
-        tele.execute(heard.state.update().values(batch=2, hearing=now, hearing_at=now))
+        last = 2 + devices // _BATCH
+        tele.execute(heard.state.update().values(batch=last, hearing=now, hearing_at=now))
         _people(conn, now)
         if opened["drones-alps"]:
             _second_person(conn, opened["drones-alps"][-1], now)
@@ -480,10 +482,9 @@ def _devices(conn: Connection, tele: Connection, history: _History, chance: rand
              None, None, change)
         )  # fmt: skip
         online = chance.random() > 0.12
-        contacts.append(
-            (device, 1, now - (chance.random() * 60 if online else DAY * chance.random() * 4), now,
-             online, None, "b1", 1, 0)
-        )  # fmt: skip
+        ago = chance.random() * (60 if online else DAY * 4)
+        batch = 1 + place // _BATCH
+        contacts.append((device, batch, now - ago, now, online, None, "b1", 1, 0))
         new = (
             place < reached
             and place % 17 != 4

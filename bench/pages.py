@@ -21,13 +21,15 @@ from pathlib import Path
 from statistics import median
 
 import httpx2
-from sqlalchemy import Engine, update
+from fastapi.routing import APIRoute
+from sqlalchemy import Engine, select, update
 
 from bench import estate
 from bench.report import Options, Row
+from controller.http.dashboard import pages as dashboard
 from controller.store.database import open_control
-from controller.store.tables import rollouts
-from telemetry.store.database import open_engine, writing
+from controller.store.tables import approvals, decisions, rollouts
+from telemetry.store.database import open_engine, reading, writing
 from telemetry.store.tables import create_schema
 
 DEVICES, ROLLOUTS, RUNS, STREAMS = 100_000, 600, 7, 500
@@ -106,37 +108,79 @@ def _await(url: str, child: subprocess.Popen[bytes]) -> None:
 
 
 def _answers(site: _Served, runs: int) -> list[Row]:
+    rollout = site.estate.rollouts["model-3-eu"][-1]
     with httpx2.Client(base_url=site.url, timeout=120) as client:
+        began = time.perf_counter()
+        client.get("/").raise_for_status()
+        first = time.perf_counter() - began
         floor = _timed(client, "/livez", runs * 3)[1]
         static = _timed(client, _static(client), runs * 3)[1]
-        lists = {path: _timed(client, path, runs) for path in _lists(site)}
+        lists = {path: _timed(client, path, runs) for path in _lists(site, client)}
         # The board comes last: it starts a measurement that takes a core for some seconds.
         measured = {path: _timed(client, path, runs) for path in _pages(site)}
+        exact = _timed(client, f"/rollouts/{rollout}/rollback?exact=1", 3)[1]
     return [
         Row(name="static floor", value=floor, unit="ms", peer="/livez of the same server"),
         Row(name="static file", value=static, unit="ms", peer="the style sheet"),
         *_shown(measured, "page", floor),
         *_shown(lists, "list", floor),
-    ]
+        Row(name="the first page after a start", value=first, unit="s",
+            more={"what": "waits until the last word of every device is read"}),
+        Row(name="a preview that looks at each device", value=exact, unit="ms",
+            more={"devices of the fleet": len(site.estate.devices["model-3-eu"]),
+                  "times the floor": round(exact / floor, 1)}),
+    ]  # fmt: skip
 
 
 def _pages(site: _Served) -> list[str]:
-    fleet, rollout = "model-3-eu", site.estate.rollouts["model-3-eu"][-1]
-    return [
-        "/", "/oncall", "/rollouts", "/rollouts?state=RolledBack", f"/rollouts/{rollout}",
-        f"/rollouts/{rollout}/rollback", "/devices", "/devices?fleet=vans-nordic",
-        f"/devices?rollout={rollout}&member=failed", f"/devices?q={fleet}-0300",
-        f"/devices/{site.estate.devices[fleet][-1]}", "/releases", "/decisions", "/audit", "/board",
-    ]  # fmt: skip
-
-
-def _lists(site: _Served) -> list[str]:
+    """Every page that the application has, and the filters of its lists."""
     rollout = site.estate.rollouts["model-3-eu"][-1]
-    return [
-        "/api/v1/fleets", "/api/v1/devices", "/api/v1/devices?fleet=vans-nordic",
-        "/api/v1/rollouts", "/api/v1/releases", f"/api/v1/rollouts/{rollout}/decisions",
-        "/api/v1/audit",
+    routes = [
+        str(route.path)
+        for router in dashboard.routers
+        for route in router.routes
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ())
+    ]
+    found = [
+        path for route in routes if not route.startswith(("/live", "/static"))
+        for path in [_filled(site, route)]
     ]  # fmt: skip
+    found += [
+        "/rollouts?state=RolledBack", f"/rollouts/{rollout}/promote", "/devices?fleet=vans-nordic",
+        f"/devices?rollout={rollout}&member=failed", "/devices?q=model-3-eu-0300",
+    ]  # fmt: skip
+    return sorted(found, key=lambda path: (path == "/board", path))
+
+
+def _lists(site: _Served, client: httpx2.Client) -> list[str]:
+    """Every list of the API: what answers `items`; and the filters that read the most."""
+    document = client.get("/api/v1/openapi.json").json()
+    found = []
+    for route, verbs in document["paths"].items():
+        answer = verbs.get("get", {}).get("responses", {}).get("200", {}).get("content", {})
+        shape = answer.get("application/json", {}).get("schema", {}).get("$ref", "")
+        known = document["components"]["schemas"].get(shape.rpartition("/")[2], {})
+        if "items" in known.get("properties", ()):
+            found.append(_filled(site, route))
+    filters = "fleet=vans-nordic", "state=FAILED", "label=region%3Dch", "online=false"
+    return found + [f"/api/v1/devices?{one}" for one in filters]
+
+
+def _filled(site: _Served, route: str) -> str:
+    """A route with the names of things that this estate has."""
+    fleet = "model-3-eu"
+    back = site.estate.rollouts["model-y-us"][-1]
+    rollout = back if route.endswith("/recovery") else site.estate.rollouts[fleet][-1]
+    with reading(site.engine) as conn:
+        approval = conn.execute(select(approvals.c.id).limit(1)).scalar_one()
+        of_this = decisions.c.rollout == rollout, decisions.c.kind == "verdict"
+        decision = conn.execute(select(decisions.c.id).where(*of_this).limit(1)).scalar_one()
+    names = {
+        "rollout": rollout, "fleet": fleet, "device": site.estate.devices[fleet][-1],
+        "release": f"autopilot-{fleet}-10.2.0", "verb": "rollback", "approval": approval,
+        "decision": decision,
+    }  # fmt: skip
+    return route.format(**names)
 
 
 def _static(client: httpx2.Client) -> str:

@@ -6,9 +6,11 @@ method, its parameters and who may use it. A test asks every route for more than
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.openapi.utils import get_openapi
@@ -37,6 +39,25 @@ _SAID: dict[int, str] = {
     503: "The database or the broker does not answer",
 }
 _VERBS = ("rollback", "hold", "pause", "lift", "resume", "promote")
+
+
+class Told(APIRoute):
+    """A route whose answers are plain JSON already: encoded at once. FastAPI would walk through
+    every value of a list in Python first, which costs more than reading it."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **more: Any) -> None:
+        super().__init__(path, _encoded(endpoint), **more)
+
+
+def _encoded(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(endpoint)
+    def answer(*args: Any, **given: Any) -> Any:
+        found = endpoint(*args, **given)
+        if not isinstance(found, dict):
+            return found
+        return Response(msgspec.json.encode(found), media_type="application/json")
+
+    return answer
 
 
 def says(model: type[answers.Answer], status: int = 200) -> dict[str, Any]:

@@ -110,9 +110,8 @@ class DeviceBook:
     def warm(self, engine: Engine) -> None:
         """Read and score everything once, so that the first page need not."""
         self.seen()
-        with reading(engine) as conn:
-            for fleet in views.names_of_fleets(conn):
-                self._score(conn, fleet)
+        with reading(engine) as conn, self._scoring:
+            self._all_anew(conn, views.names_of_fleets(conn))
 
     def _score(self, conn: Connection, fleet: str) -> _Scored:
         """The scores of a fleet: a page waits for the first ones only, then they are made anew
@@ -123,27 +122,36 @@ class DeviceBook:
         if known is None:
             with self._scoring:
                 known = self._scored.get(fleet)
-                return known if known is not None else self._anew(conn, fleet)
+                return known if known is not None else self._anew(conn, fleet, now)
         if now - known.at >= max(_SCORES_LAST, 20 * known.took) and self._scoring.acquire(False):
-            name = f"score {fleet}"[:15]
             beside = threading.Thread(
-                target=self._beside, args=(conn.engine, fleet), name=name, daemon=True
+                target=self._beside, args=(conn.engine,), name="scores", daemon=True
             )
             beside.start()
         return known
 
-    def _beside(self, engine: Engine, fleet: str) -> None:
+    def _beside(self, engine: Engine) -> None:
         try:
+            with self._lock:
+                fleets = list(self._scored)
             with reading(engine) as conn:
-                self._anew(conn, fleet)
+                self._all_anew(conn, fleets)
         except Exception:  # the outermost turn of this thread: the scores before stay
-            log.exception("score", fleet=fleet)
+            log.exception("scores")
         finally:
             self._scoring.release()
 
-    def _anew(self, conn: Connection, fleet: str) -> _Scored:
+    def _all_anew(self, conn: Connection, fleets: Sequence[str]) -> None:
+        """All at the same moment: fleets with the same window share what is read for it."""
+        now, began = self._clock(), time.perf_counter()
+        fresh = {fleet: self._compute(conn, fleet, now) for fleet in fleets}
+        took = time.perf_counter() - began
+        with self._lock:
+            self._scored.update({name: replace(one, took=took) for name, one in fresh.items()})
+
+    def _anew(self, conn: Connection, fleet: str, now: float) -> _Scored:
         began = time.perf_counter()
-        fresh = self._compute(conn, fleet, self._clock())
+        fresh = self._compute(conn, fleet, now)
         fresh = replace(fresh, took=time.perf_counter() - began)
         with self._lock:
             self._scored[fleet] = fresh
@@ -153,16 +161,16 @@ class DeviceBook:
         plain = views.pinned_of_fleet(conn, fleet)
         if not plain:
             return _Scored(now, {}, {})
-        pinned = Pinned.from_json(plain)
+        pinned, rows = Pinned.from_json(plain), _of(conn, fleet)
         spec = pinned.policy.score
         if spec is None:
-            cohorts = _cohorts(conn, fleet, pinned, {}, {})
+            cohorts = _cohorts(rows, pinned, {}, {})
             return _Scored(now, {}, cohorts, None, Counter(cohorts.values()))
-        ours = {row.id for row in _of(conn, fleet)}
+        ours = {row.id for row in rows}
         result = score([day.of(ours) for day in self._days.read(spec, now)], spec)
         values = _values(result)
         quintiles = dict(zip(result.devices, (int(b) for b in bands(result)), strict=True))
-        cohorts = _cohorts(conn, fleet, pinned, values, quintiles)
+        cohorts = _cohorts(rows, pinned, values, quintiles)
         return _Scored(now, values, cohorts, result, Counter(cohorts.values()))
 
 
@@ -183,8 +191,7 @@ def _values(result: Scores) -> dict[str, dict[str, Any]]:
 
 
 def _cohorts(
-    conn: Connection,
-    fleet: str,
+    rows: Sequence[Row[Any]],
     pinned: Pinned,
     values: Mapping[str, Mapping[str, Any]],
     quintiles: Mapping[str, int],
@@ -196,16 +203,15 @@ def _cohorts(
             score=values.get(row.id, {}).get("value"),
             band=quintiles.get(row.id, -1),
         )
-        for row in _of(conn, fleet, status="active")
+        for row in rows
+        if row.status == "active"
     ]
     found = assign(pinned.fleet.cohorts, candidates, "view")
     return {c.device.id: name for name, members in found.items() for c in members}
 
 
-def _of(conn: Connection, fleet: str, status: str = "") -> Sequence[Row[Any]]:
-    return views.list_devices(
-        conn, after="", limit=1_000_000, fleets=frozenset(), fleet=fleet, status=status
-    )
+def _of(conn: Connection, fleet: str) -> Sequence[Row[Any]]:
+    return views.list_devices(conn, after="", limit=1_000_000, fleets=frozenset(), fleet=fleet)
 
 
 def _device(

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Response
+from fastapi.responses import JSONResponse
 from sqlalchemy import Connection, Row
 
 from controller import dossier
 from controller import preview as previews
 from controller.http import answers, paging, suspecting
 from controller.http.access import Principal, Right, must_everywhere, needs
-from controller.http.contract import raw, says
-from controller.http.devicebook import DeviceBook
+from controller.http.contract import Told, raw, says
 from controller.http.ports import Book, Given
 from controller.http.problems import Problem
 from controller.outcomes import board
 from controller.store import views
 from controller.store.devices import get_many
+from telemetry.report import DeviceRow
 from telemetry.store.database import reading
 
-router = APIRouter(prefix="/api/v1")
+router = APIRouter(prefix="/api/v1", route_class=Told)
 Viewer = Annotated[Principal, Depends(needs(Right.VIEW))]
 Auditor = Annotated[Principal, Depends(needs(Right.AUDIT))]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Items of one page")]
@@ -35,7 +36,7 @@ Label = Annotated[
     Query(max_length=16, description="KEY=VALUE; several must all match", examples=["region=eu"]),
 ]
 Plain = dict[str, Any]
-_SCAN = 1000  # registry rows that one look for matching devices reads at once
+_SCAN = 10_000  # names of devices that one look for matching ones reads at once
 
 
 def page(items: Sequence[Any], limit: int, last: str) -> Plain:
@@ -82,25 +83,35 @@ def devices(
     """By id. `state`, `online` and `running` are the device's own last word."""
     labels = _labels(label)
     wanted = _Word(state=state, online=online, running=running)
-    rows: list[Row[Any]] = []
+    seen = book.seen() if wanted.asks else {}
+    place: dict[str, Any] = {
+        "fleets": who.fleets,
+        "fleet": fleet,
+        "status": status,
+        "labels": labels,
+    }
     with reading(deps.engine) as conn:
-        after, more = paging.key(cursor), True
-        while more and len(rows) < limit:
-            at_once = _SCAN if wanted.asks else limit
-            found = views.list_devices(
-                conn,
-                after=after,
-                limit=at_once,
-                fleets=who.fleets,
-                fleet=fleet,
-                status=status,
-                labels=labels,
-            )
-            more = len(found) == at_once
-            after = found[-1].id if found else after
-            rows += [row for row in found if not wanted.asks or wanted.fits(book, row.id)]
-        rows = rows[:limit]
+        after = paging.key(cursor)
+        if wanted.asks:
+            rows = _matching(conn, wanted, seen, after, limit, place)
+        else:
+            rows = views.list_devices(conn, after=after, limit=limit, **place)
         return page(book.describe(conn, rows), limit, rows[-1].id if rows else "")
+
+
+def _matching(
+    conn: Connection, wanted: _Word, seen: Mapping[str, DeviceRow], after: str, limit: int,
+    place: Mapping[str, Any],
+) -> Sequence[Row[Any]]:  # fmt: skip
+    """The next devices by id whose last word fits: their names first, their rows afterwards."""
+    names: list[str] = []
+    more = True
+    while more and len(names) < limit:
+        ids = views.list_device_ids(conn, after=after, limit=_SCAN, **place)
+        more, after = len(ids) == _SCAN, ids[-1] if ids else after
+        names += [name for name in ids if wanted.fits(seen.get(name))]
+    found = get_many(conn, names[:limit])
+    return [found[name] for name in names[:limit] if name in found]
 
 
 @router.get("/devices:changes", **says(answers.Changes))
@@ -211,15 +222,14 @@ def rollouts(
 
 
 @router.get("/rollouts/{rollout}", **says(answers.RolloutAnswer))
-def rollout(rollout: str, deps: Given, who: Viewer, request: Request, response: Response) -> Any:
+def rollout(rollout: str, deps: Given, who: Viewer) -> Response:
     """By id, or the newest of a name; its ETag is what the verbs' If-Match wants."""
     with reading(deps.engine) as conn:
         row = find(conn, rollout, who)
         etag = f'"{row.revision}"'
         headers = {"ETag": etag, "Cache-Control": "no-cache"}
         body = _described(conn, [row])[0]
-    response.headers.update(headers)
-    return body
+    return JSONResponse(body, headers=headers)
 
 
 @router.get("/rollouts/{rollout}/decisions", **says(answers.Decisions))
@@ -377,8 +387,7 @@ class _Word:
     def asks(self) -> bool:
         return bool(self.state or self.running) or self.online is not None
 
-    def fits(self, book: DeviceBook, device: str) -> bool:
-        row = book.seen().get(device)
+    def fits(self, row: DeviceRow | None) -> bool:
         if row is None:
             return not (self.state or self.running or self.online)
         runs = {name for part in row.components.values() for name in (part.release, part.digest)}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, Row, Select, func, select
 
 from controller.store.tables import (
     audit,
@@ -331,7 +331,30 @@ def list_devices(
     status: str = "",
     labels: Mapping[str, str] | None = None,
 ) -> Sequence[Row[Any]]:
-    query = select(devices).where(devices.c.id > after).order_by(devices.c.id).limit(limit)
+    return conn.execute(
+        _devices(select(devices), after, limit, fleets, fleet, status, labels)
+    ).all()
+
+
+def list_device_ids(
+    conn: Connection,
+    *,
+    after: str,
+    limit: int,
+    fleets: frozenset[str],
+    fleet: str = "",
+    status: str = "",
+    labels: Mapping[str, str] | None = None,
+) -> Sequence[str]:
+    query = _devices(select(devices.c.id), after, limit, fleets, fleet, status, labels)
+    return conn.execute(query).scalars().all()
+
+
+def _devices(
+    what: Select[Any], after: str, limit: int, fleets: frozenset[str], fleet: str, status: str,
+    labels: Mapping[str, str] | None,
+) -> Select[Any]:  # fmt: skip
+    query = what.where(devices.c.id > after).order_by(devices.c.id).limit(limit)
     for key, wanted in (labels or {}).items():
         query = query.where(devices.c.labels[key].as_string() == wanted)
     if fleets:
@@ -340,7 +363,7 @@ def list_devices(
         query = query.where(devices.c.fleet == fleet)
     if status:
         query = query.where(devices.c.status == status)
-    return conn.execute(query).all()
+    return query
 
 
 def changed_devices(conn: Connection, *, since: int, limit: int) -> Sequence[Row[Any]]:

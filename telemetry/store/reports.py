@@ -50,6 +50,8 @@ _MANY = 8_192  # keys in one IN list
 _components = msgspec.json.Decoder(dict[str, ComponentReport])
 _history = msgspec.json.Decoder(tuple[HistoryEntry, ...])
 _texts = msgspec.json.Decoder(tuple[str, ...])
+_STATES = {state.value: state for state in State}
+_KINDS = {kind.value: kind for kind in Kind}
 _digests = msgspec.json.Decoder(dict[str, str])
 _measured = msgspec.json.Decoder(
     tuple[dict[str, tuple[int, float, float]], dict[str, int], dict[str, float]]
@@ -289,38 +291,41 @@ def _end_of_page(since: int, limit: int) -> Select[Any]:
 
 
 def _devices() -> Select[Any]:
-    contacts, reports = tables.contacts, tables.reports
-    own = [c for c in reports.c if c.name not in ("device", "boot", "boot_count", "seq")]
-    return select(contacts, *own).outerjoin_from(
-        contacts, reports, contacts.c.device == reports.c.device
-    )
+    """The last word of devices, in the order in which `_device_row` takes it apart."""
+    heard, said = tables.contacts.c, tables.reports.c
+    return select(
+        heard.device, heard.change, heard.last_contact, heard.heard_clock, heard.online,
+        heard.sleeping_until, heard.boot, heard.boot_count, said.reported_at, said.state,
+        said.reason, said.blocked_by, said.attempt, said.term, said.generation, said.components,
+        said.history, said.log,
+    ).outerjoin_from(tables.contacts, tables.reports, heard.device == said.device)  # fmt: skip
 
 
 def _device_row(row: Any) -> DeviceRow:
-    heard = {
-        "device": row.device,
-        "change": row.change,
-        "last_contact": row.last_contact,
-        "heard_clock": row.heard_clock,
-        "online": row.online,
-        "sleeping_until": row.sleeping_until,
-        "boot": row.boot,
-        "boot_count": row.boot_count,
-        "reported_at": row.reported_at,
-    }
-    if row.reported_at is None:
-        return DeviceRow(**heard, state=None)
+    # By place, not by name: a start reads a row of every device.
+    (device, change, last_contact, heard_clock, online, sleeping_until, boot, boot_count,
+     reported_at, state, reason, blocked_by, attempt, term, generation, components, history,
+     log) = row  # fmt: skip
+    never = reported_at is None
     return DeviceRow(
-        **heard,
-        state=State(row.state),
-        reason=row.reason,
-        blocked_by=_texts.decode(row.blocked_by),
-        attempt=row.attempt,
-        term=row.term,
-        generation=row.generation,
-        components=_components.decode(row.components),
-        history=_history.decode(row.history),
-        log=row.log,
+        device=device,
+        change=change,
+        last_contact=last_contact,
+        heard_clock=heard_clock,
+        online=online,
+        sleeping_until=sleeping_until,
+        boot=boot,
+        boot_count=boot_count,
+        reported_at=reported_at,
+        state=None if never else _STATES[state],
+        reason=reason,
+        blocked_by=() if never or blocked_by == "[]" else _texts.decode(blocked_by),
+        attempt=attempt,
+        term=0 if never else term,
+        generation=0 if never else generation,
+        components={} if never else _components.decode(components),
+        history=() if never else _history.decode(history),
+        log="" if never else log,
     )
 
 
@@ -352,7 +357,7 @@ def _totals(rows: Sequence[tuple[Any, ...]]) -> Totals:
     found: dict[Kind, dict[str, npt.NDArray[np.float64]]] = {kind: {} for kind in Kind}
     empty = {Kind.COUNTER: 0.0, Kind.EXPOSURE: 0.0, Kind.LEVEL: np.nan}
     for device, number, name, n, total in rows:
-        kind = Kind(number)
+        kind = _KINDS[number]
         array = found[kind].get(name)
         if array is None:
             array = found[kind][name] = np.full(len(devices), empty[kind])

@@ -1,0 +1,117 @@
+"""The rows that bear on whom a verb reaches, read by column: no more than the devices in question.
+
+A fleet of years has millions of memberships, and a preview is asked for at night. What is the same
+text in many rows (the set before, an order's components) is parsed once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Text, cast, select
+
+from controller.rollout.model import Arm, Device, Member, MemberState, Order, Told
+from controller.store.tables import desired, devices, members
+
+_FEW = 500  # devices that are asked for by name; more are read with the whole rollout
+_STATES = {state.value: state for state in MemberState}
+_ARMS = {arm.value: arm for arm in Arm}
+
+
+def registry(conn: Connection, fleet: str) -> dict[str, Device]:
+    parse = _parser()
+    query = select(
+        devices.c.id, cast(devices.c.labels, Text), devices.c.status, devices.c.moved_at,
+        devices.c.term,
+    ).where(devices.c.fleet == fleet)  # fmt: skip
+    return {
+        name: Device(
+            id=name, fleet=fleet, labels=parse(labels), status=status, moved_at=moved_at, term=term
+        )
+        for name, labels, status, moved_at, term in conn.execute(query)
+    }
+
+
+def orders(conn: Connection, fleet: str) -> dict[str, Order]:
+    """The last order of each device of the fleet."""
+    parse = _parser(_told)
+    columns = (
+        desired.c.device, desired.c.term, desired.c.generation, desired.c.attempt, desired.c.kind,
+        cast(desired.c.components, Text), desired.c.at,
+    )  # fmt: skip
+    query = select(*columns).join(devices, devices.c.id == desired.c.device)
+    return {
+        device: Order(
+            device=device, term=term, generation=generation, attempt=attempt, kind=kind,
+            components=parse(components), at=at,
+        )
+        for device, term, generation, attempt, kind, components, at in conn.execute(
+            query.where(devices.c.fleet == fleet)
+        )
+    }  # fmt: skip
+
+
+def _told(plain: Mapping[str, Any]) -> dict[str, Told]:
+    return {
+        component: Told(
+            release=item["release"], digest=item["digest"], at=item["at"],
+            rollout=item.get("rollout"),
+        )
+        for component, item in plain.items()
+    }  # fmt: skip
+
+
+def members_of(conn: Connection, rollout: str) -> dict[str, Member]:
+    found = _members(conn, members.c.rollout == rollout)
+    return {member.device: member for _, member in found}
+
+
+def newest_told(
+    conn: Connection, rollouts: Sequence[str], names: Collection[str], few: int = _FEW
+) -> dict[str, Member]:
+    """For each of these devices its membership in the newest of these rollouts (newest first) that
+    told it something and knows what it ran before."""
+    left, found, older = set(names), dict[str, Member](), list(rollouts)
+    told = members.c.state != MemberState.DRAWN.value
+    while older and len(left) > few:
+        for _, member in _members(conn, told, members.c.rollout == older.pop(0)):
+            if member.previous and member.device in left:
+                found[member.device] = member
+                left.discard(member.device)
+    if not older or not left:
+        return found
+    age = {rollout: n for n, rollout in enumerate(older)}
+    best: dict[str, int] = {}
+    for rollout, member in _members(conn, told, members.c.device.in_(sorted(left))):
+        if member.previous and age.get(rollout, len(age)) < best.get(member.device, len(age)):
+            best[member.device], found[member.device] = age[rollout], member
+    return found
+
+
+def _members(conn: Connection, *where: ColumnElement[bool]) -> list[tuple[str, Member]]:
+    """(rollout, member)"""
+    table, parse = members.c, _parser()
+    query = select(
+        table.rollout, table.device, table.step, table.arm, table.drawn_at, table.hardware,
+        table.band, table.score, cast(table.previous, Text), table.state, table.attempt,
+        table.told_at,
+    ).where(*where)  # fmt: skip
+    return [
+        (
+            rollout,
+            Member(
+                device=device, step=step, arm=_ARMS[arm], drawn_at=drawn_at, hardware=hardware,
+                band=band, score=score, previous=None if previous is None else parse(previous),
+                state=_STATES[state], attempt=attempt, told_at=told_at,
+            ),
+        )
+        for rollout, device, step, arm, drawn_at, hardware, band, score, previous, state, attempt,
+        told_at in conn.execute(query)
+    ]  # fmt: skip
+
+
+def _parser(shape: Callable[[Any], Any] = lambda plain: plain) -> Callable[[str], Any]:
+    return lru_cache(maxsize=4096)(lambda text: shape(json.loads(text)))
