@@ -118,7 +118,6 @@ class BrokerChild:
                 group=self._user.pw_gid if self._user else None,
                 extra_groups=[] if self._user else None,
             )
-        (self._state_dir / "broker.pid").write_text(str(self._process.pid))
         (self._state_dir / "broker.port").write_text(str(self.port))
         self._wait_until_listening()
 
@@ -140,7 +139,6 @@ class BrokerChild:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        (self._state_dir / "broker.pid").unlink(missing_ok=True)
 
     def __enter__(self) -> BrokerChild:
         self.start()
@@ -215,21 +213,22 @@ class BrokerChild:
             return int(probe.getsockname()[1])
 
     def _end_orphan(self) -> None:
-        """End the broker of a controller that was killed: it holds our port and our files."""
-        pid_file = self._state_dir / "broker.pid"
+        """End the broker of a controller that was killed: it holds our port and our files.
+
+        Found by its configuration: who was killed may not have noted its process id.
+        """
         configuration = str(self.directory / "mosquitto.conf")
-        try:
-            process = psutil.Process(int(pid_file.read_text()))
-            if configuration not in process.cmdline():
-                return
-            process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except psutil.TimeoutExpired:
-                process.kill()
-                process.wait(_STOP_SECONDS)
-        except (OSError, ValueError, psutil.Error):
-            return
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if configuration not in words or "mosquitto" not in words[0]:
+                continue
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+                try:
+                    process.wait(_STOP_SECONDS)
+                except psutil.TimeoutExpired:
+                    process.kill()
+                    process.wait(_STOP_SECONDS)
 
     def _wait_until_listening(self) -> None:
         deadline = time.monotonic() + _START_SECONDS

@@ -43,10 +43,12 @@ from telemetry.store.tables import create_schema
 log = structlog.get_logger()
 
 ROLES = ("ingest", "controller", "api")
-RESTART_AFTER = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before the n-th restart in a row
+RESTART_AFTER = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before the n-th restart of one that gives up
 PARENT = "BELLWETHER_PARENT"  # in the environment of a role: the process that watches it
-ORPHAN_ENDS = 10.0  # seconds that an orphaned role has for an orderly end
-STEADY = 30.0  # a child that lived this long has recovered
+ORPHAN_ENDS = 3.0  # seconds that an orphaned role has for an orderly end
+LEFTOVERS_END = 10.0  # seconds until what was left behind has freed our port
+KILLED_EARLY = 3.0  # seconds: who is killed after less may be the one who fills the memory
+STEADY = 10.0  # a child that lived this long has recovered
 
 
 # -- what every role shares -----------------------------------------------------------------------
@@ -192,7 +194,7 @@ def _all(settings: Settings, stopping: threading.Event) -> int:
     with contextlib.ExitStack() as stack:
         if settings.broker is None:
             ours = BrokerChild(settings.state_dir)
-            ours.start(_passwords(engine, secret))
+            _start_broker(ours, _passwords(engine, secret), stopping)
             stack.callback(ours.stop)
             settings = settings.model_copy(update={"broker": ours.url})
             log.info("broker", url=ours.url)
@@ -225,6 +227,23 @@ def _fresh(directory: Path) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory
+
+
+def _start_broker(
+    broker: BrokerChild, accounts: list[tuple[str, str]], stopping: threading.Event
+) -> None:
+    """What a service before us left behind needs a moment to go; raises BrokerFailed."""
+    until = time.monotonic() + LEFTOVERS_END
+    while True:
+        try:
+            broker.start(accounts)
+            return
+        except BrokerFailed as error:
+            if time.monotonic() > until:
+                raise
+            log.warning("broker", detail=str(error), again_in_seconds=0.5)
+            if stopping.wait(0.5):
+                raise
 
 
 def _restart_broker(broker: BrokerChild, accounts: list[tuple[str, str]]) -> None:
@@ -265,7 +284,9 @@ class Child:
     def watch(self) -> None:
         if self._process is not None and self._process.poll() is not None:
             lived = time.monotonic() - self._started
-            self._failures = 0 if lived > STEADY else self._failures + 1
+            # One that was killed has no fault that waiting would mend, unless it is killed at once.
+            recovered = lived > STEADY or (self._process.returncode < 0 and lived > KILLED_EARLY)
+            self._failures = 0 if recovered else self._failures + 1
             pause = RESTART_AFTER[min(self._failures, len(RESTART_AFTER) - 1)]
             log.warning(
                 "died", role=self.role, code=self._process.returncode, again_in_seconds=pause

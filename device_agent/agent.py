@@ -10,7 +10,8 @@ Whoever owns the machine (`device_agent.machine.Runner`, or the simulator) does 
 call and at most `MAX_STEP` seconds each, so call `handle(Tick(), now)` about once a second.
 
 Events
-    Started(boot)              first, once; `boot` is a fresh id (32 hex digits do)
+    Started(boot, machine)     first, once; `boot` is a fresh id (32 hex digits do) of this start,
+                               `machine` the machine's own boot, where it can be known
     Connected / Disconnected   the MQTT session; subscribe to `agent.subscriptions` before Connected
     DesiredArrived(payload)    bytes of `…/desired`, from the broker or from the HTTPS fallback
     AckArrived(payload)        bytes of `…/ack`
@@ -148,6 +149,7 @@ class OutboxPort(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     boot: str
+    machine: str = ""  # "": unknown; then each start counts as one of the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +269,8 @@ class Agent:
     def _work(self, event: Event, now: float, seconds: float) -> list[Effect]:
         passed = self._learn(Passed(seconds=seconds), now) if seconds else []
         match event:
-            case Started(boot=boot):
-                return self._start(boot, now)
+            case Started(boot=boot, machine=machine):
+                return self._start(boot, machine, now)
             case Connected():
                 return passed + self._connect()
             case Disconnected():
@@ -287,9 +289,9 @@ class Agent:
                 return passed + self._learn(fact, now)
         return passed
 
-    def _start(self, boot: str, now: float) -> list[Effect]:
+    def _start(self, boot: str, machine: str, now: float) -> list[Effect]:
         self._boot = boot
-        record, effects = update.restart(self.record, self._world(now))
+        record, effects = update.restart(self.record, self._world(now), machine)
         self._keep(record)
         self._report()
         return list(effects)

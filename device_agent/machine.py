@@ -160,6 +160,14 @@ def hash_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def boot_id() -> str:
+    """Names this boot of the machine, as Linux does; empty where nobody can tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:64]
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def private_directory(path: Path) -> None:
     """Made if missing; passwords live here, so it is the owner's alone."""
     path.mkdir(parents=True, exist_ok=True)

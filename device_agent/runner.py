@@ -33,7 +33,7 @@ from device_agent.download import Downloader, basic
 from device_agent.health import Sampler
 from device_agent.journal import Journal
 from device_agent.link import Link
-from device_agent.machine import Disk
+from device_agent.machine import Disk, boot_id
 from device_agent.outbox import Outbox
 from device_agent.protocol import MAX_MESSAGE_BYTES
 
@@ -84,7 +84,7 @@ class Runner:
     def run(self) -> None:
         """Until `stop`; raises what the journal raises: then the supervisor starts us again."""
         self._worker.start()
-        self._handle(Started(boot=uuid.uuid4().hex))
+        self._handle(Started(boot=uuid.uuid4().hex, machine=boot_id()))
         agent = self.agent
         link = Link(self._identity, agent.will(), agent.subscriptions, self._events.put)
         self._link = link

@@ -52,7 +52,7 @@ from device_agent.agent import (
 from device_agent.download import Downloader, Patience
 from device_agent.journal import Journal
 from device_agent.link import SESSION_SECONDS
-from device_agent.machine import Disk, hash_file
+from device_agent.machine import Disk, boot_id, hash_file
 from device_agent.outbox import Outbox
 from device_agent.protocol import Channel, ComponentReport, HistoryEntry, ProtocolError, Reason
 from device_agent.simulated_machine import DAY, Driver, Vehicle, share
@@ -309,6 +309,7 @@ class Device:
         self._connect_at = 0.0
         self._began = 0.0
         self._ran: dict[str, str] = {}
+        self._crashes = 0
         self._working: asyncio.Task[None] | None = None
         self._journal: Journal | None = None
         self._outbox: Outbox | None = None
@@ -331,7 +332,9 @@ class Device:
         self._agent = Agent(self._identity, self._journal, self._outbox, Settings(limits=limits))
         self._follow_slots()
         self._working = self._loop.create_task(self._work())
-        self._handle(Started(boot=uuid.uuid4().hex))
+        # The simulated machine boots when a script cuts its power, not when we are killed.
+        machine = f"{self._crashes}.{boot_id()}" if boot_id() else ""
+        self._handle(Started(boot=uuid.uuid4().hex, machine=machine))
 
     async def stop(self) -> None:
         """The orderly end; everything that matters is on the disk already."""
@@ -343,6 +346,7 @@ class Device:
         """The power is cut; the next start continues from the journal."""
         self._link.abandon()
         await self._put_down()
+        self._crashes += 1
         self._effects = asyncio.Queue()
         self._link = AsyncLink(self._identity, self._loop, self._handle)
         self._connect_at = 0.0

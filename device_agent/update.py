@@ -13,6 +13,7 @@ Rules, in order:
    waits for the safety predicates alone. Unknown facts are false; waiting is DEFERRED, no failure.
 4. After the switch a trial begins: self-tests, the controller's echo of a nonce, a soak. All three:
    COMMITTED. Failed tests, too many boots: back to what ran before, and the digest is known bad.
+   What a kill of the agent alone cut short, on a machine that went on, is done again, uncounted.
 5. No echo by the deadline: while the network or the server answers, the trial is extended; only a
    device without any network goes back, `link_lost`, and calls no release bad for it.
 6. Going back fails three times: STUCK. Telemetry goes on; nothing loops. Transitions are capped.
@@ -66,7 +67,7 @@ CANCELLABLE = frozenset(
 class Limits:
     trial_soak: float = 5.0  # seconds of trial before a commit
     trial_deadline: float = 600.0  # seconds to self-tests and echo
-    boots: int = 3  # starts of the agent in one trial
+    boots: int = 3  # starts of the machine in one trial
     installs: int = 2
     backs: int = 3
     transitions: int = 64
@@ -99,6 +100,7 @@ class Record:
     """What survives a power cut."""
 
     boot_count: int = 0
+    machine: str = ""  # the machine's own boot, as the agent found it at its last start
     term: int = 0
     generation: int = 0
     order_hash: str = ""  # sha256 of the newest order's signed bytes
@@ -276,7 +278,7 @@ def learn(record: Record, fact: Fact, world: World) -> Step:
         return _passed(record, update, fact.seconds, world)
     if fact.attempt != update.order.attempt:
         return record, ()
-    if update.transitions > world.limits.transitions:
+    if _loops(update, world):
         return _fail(record, update, Reason.TOO_MANY_TRANSITIONS, "", world)
     if isinstance(fact, Done):
         return _done(record, update, fact, world)
@@ -285,12 +287,21 @@ def learn(record: Record, fact: Fact, world: World) -> Step:
     return _on_trial(record, update, fact, world)
 
 
-def restart(record: Record, world: World) -> Step:
-    """The agent starts: after a power cut, after a crash, or for the first time."""
-    record = replace(record, boot_count=record.boot_count + 1)
+def restart(record: Record, world: World, machine: str = "") -> Step:
+    """The agent starts: after a power cut, after a crash, or for the first time.
+
+    `machine` names the machine's boot, where it can be known. An agent that was killed on a machine
+    that went on is no failed attempt at anything: what it was about is done again, uncounted.
+    """
+    went_on = bool(machine) and machine == record.machine
+    record = replace(record, boot_count=record.boot_count + 1, machine=machine)
+    if went_on and record.update is not None:
+        record = replace(record, update=_uncounted(record.update))
     update = record.update
     if update is None or update.state in TERMINAL:
         return _next(record, world)
+    if _loops(update, world):
+        return _fail(record, update, Reason.TOO_MANY_TRANSITIONS, "", world)
     match update.state:
         case State.OFFERED | State.DEFERRED:
             return _offered(record, update, world)
@@ -306,6 +317,26 @@ def restart(record: Record, world: World) -> Step:
             return _commit(record, update, world)
         case _:
             return _switch_back(record, update, world)
+
+
+def _uncounted(update: Update) -> Update:
+    """What a kill of the agent alone cut short is not counted: the cap of all transitions bounds an
+    agent that dies again and again. The way back has no such cap, so its attempts stay counted."""
+    match update.state:
+        case State.INSTALLING:
+            return replace(update, installs=max(0, update.installs - 1))
+        case State.ACTIVATING:
+            return replace(update, activations=max(0, update.activations - 1))
+        case State.TRIAL:
+            return replace(update, boots=max(0, update.boots - 1))
+        case _:
+            return update
+
+
+def _loops(update: Update, world: World) -> bool:
+    """Too many transitions? The way back is bounded by its own count, and must come to its end."""
+    over = update.transitions > world.limits.transitions
+    return over and update.state is not State.ROLLING_BACK
 
 
 def items(update: Update) -> tuple[Item, ...]:

@@ -85,6 +85,8 @@ def _failed(answer: Any) -> Failed:
         detail = f"HTTP {answer.status_code} of {answer.url}: is this a Bellwether server?"
     if answer.status_code == 404:
         return NotFound(detail)
+    if answer.status_code in (502, 503, 504):
+        return Unreachable(detail)
     if answer.status_code == 401:
         return Failed(f"{detail}; set BELLWETHER_TOKEN or --token", DENIED)
     return Failed(detail, DENIED if answer.status_code == 403 else 1)

@@ -138,7 +138,8 @@ def _enrol(
     """Enrol a fleet, or what an interrupted enrolment of it left over; its names.
 
     Tokens live once: a claim whose answer never came is repeated with a new one. That is allowed
-    for devices that this directory has registered, never for somebody else's.
+    for devices that this directory registers, never for somebody else's: before the first word
+    about them nobody knew them, and that is noted.
     """
     import time
 
@@ -152,9 +153,10 @@ def _enrol(
         there = set(_enrolled(directory))
         missing = [device for device in wanted if device["id"] not in there]
         try:
+            if not ours and not _known(server, token, wanted):
+                _begin(directory, wanted, registered=True)
+                ours = True
             given = _register(server, token, missing, ours=ours)
-            ours = True
-            _begin(directory, wanted, registered=True)
             _claim(directory, server, given)
             (directory / _ENROLLING).unlink()
             return _enrolled(directory)
@@ -164,6 +166,14 @@ def _enrol(
             typer.echo(f"{error}; again in {pause:g} s", err=True)
             time.sleep(pause)
     raise AssertionError("the last round answers or raises")
+
+
+def _known(server: str, token: str | None, wanted: list[dict[str, Any]]) -> bool:
+    """Does the service know any of these already?"""
+    from controller.cli.client import Api
+
+    names = {device["id"] for device in wanted}
+    return any(found["id"] in names for found in Api(server, token).every("/devices"))
 
 
 def _register(
@@ -237,6 +247,8 @@ def _claim_one(directory: Path, server: str, token: str) -> str:
     except urllib.error.HTTPError as error:
         with error:
             said = error.read(500).decode(errors="replace")
+        if error.code >= 500:  # it is being started again, or its broker or database is
+            raise Unreachable(f"{server}: enrolment failed: HTTP {error.code}: {said}") from None
         raise Failed(f"a token was refused (HTTP {error.code}): {said}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Unreachable(f"{server}: enrolment failed: {error}") from None
@@ -284,7 +296,10 @@ def _run(plan: Any, directory: Path, processes: int) -> int:
     commands = []
     for index, part in enumerate(split(plan.devices, processes)):
         file = directory / f"plan-{index}.json"
-        file.write_text(replace(plan, devices=part).to_json())
+        text = replace(plan, devices=part).to_json()
+        # Written once: one that we started before we were killed may be reading it now.
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
         commands.append([sys.executable, "-m", "device_agent.simulator", str(file)])
 
     def begin(command: list[str]) -> subprocess.Popen[bytes]:

@@ -33,6 +33,7 @@ POLICY = "driving"
 _RATE = 0.1  # interventions per hour of driving of a careful driver
 PACE = 8.0  # hours of driving a second
 _API_PATIENCE = 120.0  # seconds
+_GIVES_UP = 3  # ends of its own in a minute that are forgiven
 _FAULT_AFTER = 8.0  # hours of driving
 
 
@@ -245,13 +246,16 @@ class Children:
     """Our child processes, by name; each writes its output to a file of its own.
 
     One that was killed is started again, as an operating system's service manager does it, and
-    continues from its disk; one that ends by itself has failed.
+    continues from its disk; so is one that gave up once, after a kill beside it. One that gives up
+    again and again has failed.
     """
 
     logs: Path
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pid_file: Path | None = None
+    died_at: float = 0.0  # monotonic: when one of them was last found gone
+    _gave_up: dict[str, list[float]] = field(default_factory=dict)
     _written: dict[str, int] = field(default_factory=dict)
 
     def start(self, name: str, *words: str) -> Path:
@@ -268,35 +272,54 @@ class Children:
         return log
 
     def check(self) -> None:
-        """Raises Failed, with its last words, when a child has ended by itself."""
+        """Raises Failed, with its last words, when a child gives up again and again."""
         for name, child in list(self.running.items()):
             code = child.poll()
-            if code is not None and code < 0:
-                self.start(name, *self.words[name])
-            elif code is not None:
+            if code is None:
+                continue
+            if code >= 0 and self._gives_up(name):
                 tail = (self.logs / f"{name}.log").read_text(errors="replace")[-1500:]
                 raise Failed(f"{name} has ended (exit code {code}):\n{tail}")
-        self.write_pids()
+            self.start(name, *self.words[name])
+        self._look()
 
-    def write_pids(self) -> None:
-        """Name who runs now; the file is replaced at once, so that no reader sees half of it."""
-        if self.pid_file is None or (found := self.pids()) == self._written:
+    def _gives_up(self, name: str) -> bool:
+        now = time.monotonic()
+        lately = [at for at in self._gave_up.get(name, []) if now - at < 60.0]
+        self._gave_up[name] = [*lately, now]
+        return len(lately) >= _GIVES_UP
+
+    def _look(self) -> None:
+        """Notice who died since the last look, and name who runs now."""
+        found = self.pids()
+        if found == self._written:
             return
-        fresh = self.pid_file.with_name(f".{self.pid_file.name}.new")
-        fresh.write_text(json.dumps(found, indent=2) + "\n")
-        fresh.replace(self.pid_file)
+        if not set(self._written.values()) <= set(found.values()):
+            self.died_at = time.monotonic()
         self._written = found
+        if self.pid_file is not None:
+            self._write(self.pid_file, found)
+
+    def _write(self, file: Path, found: Mapping[str, int]) -> None:
+        """The file is replaced at once, so that no reader sees half of it."""
+        fresh = file.with_name(f".{file.name}.new")
+        fresh.write_text(json.dumps(found, indent=2) + "\n")
+        fresh.replace(file)
 
     def pids(self) -> dict[str, int]:
-        """Every process of ours, with those that they have started."""
+        """Every process of ours, with those that they keep running: `serve.ingest`, `simulate.0`.
+
+        What a role runs for a moment (git) is not named: its number may be another's soon.
+        """
         import psutil
 
         found = {}
         for name, child in self.running.items():
             found[name] = child.pid
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for number, below in enumerate(psutil.Process(child.pid).children(recursive=True)):
-                    found[f"{name}.{number}.{below.name()}"] = below.pid
+            with contextlib.suppress(psutil.Error):
+                for below in psutil.Process(child.pid).children():
+                    with contextlib.suppress(psutil.Error):
+                        found[f"{name}.{_what(below)}"] = below.pid
         return found
 
     def stop(self) -> None:
@@ -308,6 +331,17 @@ class Children:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+
+
+def _what(process: Any) -> str:
+    """ingest, controller, api, mosquitto, or the number of a process that simulates devices."""
+    role = process.environ().get("BELLWETHER_ROLE")
+    if role:
+        return str(role)
+    last = Path((process.cmdline() or [""])[-1]).name  # device_agent.simulator …/plan-N.json
+    if last.startswith("plan-"):
+        return last.removeprefix("plan-").removesuffix(".json")
+    return str(process.name())
 
 
 def free_port() -> int:

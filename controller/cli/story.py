@@ -22,6 +22,7 @@ from controller.cli.errors import Failed
 from controller.cli.stage import COMPONENT, FLEET, ROLLOUT, release_name
 
 _PUBLISH_PATIENCE = 120.0  # seconds: the same bytes may be published again
+_KILLED_FOR_EVER = 4.0  # times an act's patience
 _LOOK = 0.5  # seconds between two looks at the API
 SLIGHT = 2.0  # a rise below this may also end in a wait that says why
 
@@ -304,7 +305,7 @@ class Story:
             if words != told:
                 told = words
                 self.tell(f"  {state}: {sentence}")
-            waited = time.monotonic() - since
+            waited = self._waited(since)
             if may_wait and waited > 60.0 and state == "Soaking":
                 return seen
             if waited > self.size.patience:
@@ -344,13 +345,19 @@ class Story:
         otherwise: str,
         why: Callable[[], str] | None = None,
     ) -> Any:
-        until = time.monotonic() + seconds
+        began = time.monotonic()
         while not (found := ready()):
             self.children.check()
-            if time.monotonic() > until:
+            if self._waited(began) > seconds:
                 raise Untold(f"{otherwise} ({seconds:.0f} s) {why() if why else ''}".strip())
             time.sleep(_LOOK)
         return found
+
+    def _waited(self, since: float) -> float:
+        """Seconds since then, or since one of our processes was killed: whoever was killed needs
+        its time to come back. But somebody who goes on killing does not make us wait for ever."""
+        now = time.monotonic()
+        return max(now - max(since, self.children.died_at), (now - since) / _KILLED_FOR_EVER)
 
     def _act(
         self, name: str, commit: str, rollout: dict[str, Any] | None, sentence: str = ""

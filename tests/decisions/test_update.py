@@ -148,6 +148,46 @@ def test_too_many_starts_in_a_trial_go_back() -> None:
     assert effects == (SwitchBack(attempt="try", to={"app": OLD}),)
 
 
+def test_an_agent_killed_on_a_machine_that_goes_on_does_it_again_uncounted() -> None:
+    record, _ = restart(RUNNING, WORLD, "boot-1")
+    record, _ = obey(record, order(), "h", WORLD)
+    for work, counts in (
+        (State.DOWNLOADING, None),
+        (State.INSTALLING, "installs"),
+        (State.ACTIVATING, "activations"),
+        (State.TRIAL, "boots"),
+    ):
+        assert state(record).state is work
+        for _ in range(8):
+            record, effects = restart(record, WORLD, "boot-1")
+            assert state(record).state is work
+            assert len(effects) == 1  # it is done again
+        assert counts is None or getattr(state(record), counts) == 1
+        if work is not State.TRIAL:
+            record, _ = done(record, work)
+    assert state(record).state is State.TRIAL
+
+
+def test_a_machine_that_boots_and_one_that_cannot_tell_are_counted() -> None:
+    for machines in (("a", "b", "c"), ("", "", "")):
+        record = to_trial()
+        for machine in machines:
+            record, _ = restart(record, WORLD, machine)
+        assert state(record).reason == Reason.BOOT_FAILED
+
+
+def test_an_agent_that_dies_for_ever_in_a_trial_goes_back() -> None:
+    record = replace(to_trial(), machine="boot-1")
+    while state(record).state is State.TRIAL:
+        assert state(record).transitions <= WORLD.limits.transitions + 1
+        record, _ = restart(record, WORLD, "boot-1")
+    assert state(record).state is State.ROLLING_BACK
+    assert state(record).reason == Reason.TOO_MANY_TRANSITIONS
+    record, _ = done(restart(record, WORLD, "boot-1")[0], State.ROLLING_BACK)
+    assert state(record).state is State.ROLLED_BACK
+    assert record.running == RUNNING.running
+
+
 def test_going_back_that_fails_three_times_is_stuck() -> None:
     record, _ = learn(to_trial(), SelfTestsDone(attempt="try", ok=False), WORLD)
     failed = Failed(attempt="try", work=State.ROLLING_BACK, reason=Reason.ACTIVATION_FAILED)
