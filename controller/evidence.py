@@ -2,14 +2,16 @@
 
 A ledger is a pure fold over health rows (`telemetry.evidence.ledger`); this file only reads new
 batches, remembers where it stands, and tells the ledgers who is enrolled. After a restart it reads
-the kept rows again: the fold's answer depends on the rows alone.
+the kept rows again: the fold's answer depends on the rows alone, and on who was enrolled when. A
+member's row tells that of today; who was a control before, its draws tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from controller.rollout.model import Arm, Member, MemberState, Rollout
+from controller.rollout.model import Arm, Draw, Member, MemberState, Rollout
 from controller.rollout.waves import Pinned
 from telemetry.evidence.ledger import Enrolment, Ledger, Observations
 from telemetry.report import HealthRow, TelemetryReader
@@ -23,13 +25,26 @@ class Evidence:
         self._rollouts: dict[str, Rollout] = {}
         self.watermark = 0  # until the first `open` or `read`
 
-    def open(self, rollout: Rollout, pinned: Pinned, members: Iterable[Member]) -> None:
-        """Start the ledger of a rollout; rows from before it are the devices' own baselines."""
+    def open(
+        self,
+        rollout: Rollout,
+        pinned: Pinned,
+        members: Iterable[Member],
+        draws: Sequence[Draw] = (),
+    ) -> None:
+        """Start the ledger of a rollout; rows from before it are the devices' own baselines.
+
+        `draws`, the oldest first: of a rollout that began before we did.
+        """
         self.watermark = max(self.watermark, self._reader.watermark())
         self._ledgers[rollout.id] = Ledger(pinned.policy.judged)
         self._rollouts[rollout.id] = rollout
+        serving = _serving(draws)
         for member in members:
-            self.member(rollout.id, None, member)
+            before: Member | None = None
+            for was in _lives(member, serving.get(member.device, ())):
+                self.member(rollout.id, before, was)
+                before = was
         self._catch_up(rollout.id, 0, None, self.watermark)
 
     def close(self, rollout: str) -> None:
@@ -94,6 +109,36 @@ class Evidence:
             attempt=member.attempt if exposed else None,
             digests=self._rollouts[rollout].artifacts if exposed else {},
         )
+
+
+def _serving(draws: Sequence[Draw]) -> Mapping[str, list[tuple[int, float, int | None]]]:
+    """device → (step, since, band) of each time that it was drawn as a control."""
+    found: dict[str, list[tuple[int, float, int | None]]] = {}
+    for draw in draws:
+        for device in draw.control:
+            found.setdefault(device, []).append((draw.step, draw.at, draw.bands.get(device)))
+    return found
+
+
+def _lives(member: Member, served: Iterable[tuple[int, float, int | None]]) -> Iterator[Member]:
+    """What this member was, one after the other, up to what it is."""
+    for step, at, band in served:
+        if member.arm is Arm.CONTROL and step == member.step:
+            break  # that is what it still is
+        yield replace(
+            member,
+            step=step,
+            arm=Arm.CONTROL,
+            state=MemberState.DRAWN,
+            drawn_at=at,
+            exposed_at=at,
+            left_at=None,
+            attempt=None,
+            band=member.band if band is None else band,
+        )
+    if member.state is MemberState.LEFT:  # it counted until it left
+        yield replace(member, state=MemberState.TOLD, left_at=None)
+    yield member
 
 
 def _last_batch(rows: Iterable[HealthRow]) -> int:

@@ -91,8 +91,10 @@ class Listening:
         self.evidence = Evidence(self._reader)
         for rollout in self._memory.rollouts.values():
             if rollout.active:
-                members = self._memory.members.get(rollout.id, {}).values()
-                self.evidence.open(rollout, self._memory.pinned[rollout.id], members)
+                memory, name = self._memory, rollout.id
+                members = memory.members.get(name, {}).values()
+                draws = memory.draws.get(name, ())
+                self.evidence.open(rollout, memory.pinned[name], members, draws)
 
     def _quiet(self, world: World) -> float:
         """Seconds without any contact that are worth a question."""

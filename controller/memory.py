@@ -36,6 +36,8 @@ class Memory:
     def __init__(self, conn: Connection) -> None:
         self.rollouts = store.load_rollouts(conn)
         self.members = store.load_members(conn)
+        active = [name for name, rollout in self.rollouts.items() if rollout.active]
+        self.draws = store.load_draws(conn, active)
         self.orders = store.load_orders(conn)
         self.proven = store.load_proven(conn)
         self.documents = {

@@ -19,7 +19,7 @@ from controller.dispatch import Dispatch
 from controller.listening import Listening
 from controller.manifests.kinds import Release
 from controller.memory import Memory
-from controller.rollout.model import Arm, Proven, Rollout, RolloutState
+from controller.rollout.model import Arm, Draw, Proven, Rollout, RolloutState
 from controller.rollout.rollcall import Rollcall
 from controller.rollout.world import (
     Action,
@@ -208,6 +208,9 @@ class Recording:
         rollout = self._memory.rollouts[decision.rollout]
         pinned = self._memory.pinned[decision.rollout]
         name = self._id(now)
+        if decision.kind == "draw":
+            drawn = Draw.recorded(decision.inputs, now)
+            self._memory.draws.setdefault(decision.rollout, []).append(drawn)
         store.insert_decision(
             conn,
             {

@@ -97,6 +97,7 @@ def draw_step(
             "exposed": [c.device.id for c in drawn.exposed],
             "control": [c.device.id for c in drawn.control],
             "bands": dict(sorted(Counter(str(c.band) for c in drawn.exposed).items())),
+            "control_bands": [c.band for c in drawn.control],
             "floor": drawn.floor,
             "valid_from": drawn.valid_from,
             "held_out": drawn.held_out,

@@ -6,7 +6,7 @@ Only data and the few predicates that every rule shares. Times are Unix seconds;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -76,6 +76,24 @@ class Member:
     @property
     def harmed(self) -> bool:
         return self.state in (MemberState.FAILED, MemberState.SILENT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """Whom a step drew as its control: a member's row tells only what it became since."""
+
+    step: int
+    at: float
+    control: Sequence[str]
+    bands: Mapping[str, int] = field(default_factory=dict)  # of the controls, as they were drawn
+
+    @classmethod
+    def recorded(cls, inputs: Mapping[str, Any], at: float) -> Draw:
+        """From the inputs of its decision."""
+        control = list(inputs.get("control", ()))
+        bands = dict(zip(control, inputs.get("control_bands", ()), strict=False))
+        step = int(str(inputs["seed"]).rpartition("/")[2])
+        return cls(step=step, at=at, control=control, bands=bands)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ from controller.rollout.model import (
     ActiveStop,
     Arm,
     Device,
+    Draw,
     Member,
     MemberState,
     Order,
@@ -127,6 +128,16 @@ def load_members_of(conn: Connection, ids: Sequence[str]) -> dict[str, dict[str,
     loaded: dict[str, dict[str, Member]] = {name: {} for name in ids}
     for row in conn.execute(select(members).where(members.c.rollout.in_(list(ids)))):
         loaded[row.rollout][row.device] = _member(dict(row._mapping))
+    return loaded
+
+
+def load_draws(conn: Connection, ids: Sequence[str]) -> dict[str, list[Draw]]:
+    """Whom each step of these rollouts drew as its control, the oldest first."""
+    loaded: dict[str, list[Draw]] = {name: [] for name in ids}
+    drawn = (decisions.c.kind == "draw") & decisions.c.rollout.in_(list(ids))
+    query = select(decisions.c.rollout, decisions.c.at, decisions.c.inputs).where(drawn)
+    for row in conn.execute(query.order_by(decisions.c.id)):
+        loaded[row.rollout].append(Draw.recorded(row.inputs, row.at))
     return loaded
 
 

@@ -36,6 +36,7 @@ from controller.store import rollouts as store
 from controller.store.database import open_control
 from controller.store.tables import decisions, devices, holds, rollouts
 from device_agent.protocol import ComponentReport, HistoryEntry, State, open_envelope, parse_topic
+from telemetry.evidence.observations import Observations
 from telemetry.report import DeviceRow, HealthRow, Level, Totals
 from telemetry.store.database import reading, writing
 
@@ -472,6 +473,64 @@ def test_a_restart_between_any_two_ticks_changes_nothing(story: Story) -> None:
         story.start()
     assert story.versions() == {"2": 40}
     assert story.rollout().state == "Completed"
+
+
+def drive(story: Story, seconds: int) -> None:
+    """Time passes; each device tells every second how it drove."""
+    for second in range(seconds):
+        story.run(1)
+        for i, (name, row) in enumerate(sorted(story.world.rows.items())):
+            story.world.batch += 1
+            story.world.health.append(
+                HealthRow(
+                    batch=story.world.batch, device=name, received_at=story.world.now, boot="b",
+                    seq=story.world.batch, attempt=row.attempt,
+                    components={c: r.digest for c, r in row.components.items()},
+                    t0=story.world.now - 1, seconds=1.0, counters={"hard": (i + second) % 3 // 2},
+                    exposure={"device_hour": 1.0}, levels={},
+                )
+            )  # fmt: skip
+
+
+def test_who_was_a_control_before_counts_as_one_after_a_restart(story: Story) -> None:
+    """The last steps take the controls of the first ones: a restart must not forget their word."""
+    slow = {"soak": "1h", "maxSoak": "2h"}
+    steps = [
+        {"cohort": "canary", **slow},
+        {"cohort": "general", "percent": "50%", **slow},
+        {"cohort": "general", **slow},
+    ]
+    hard = {"metric": "hard", "type": "rate", "per": "device_hour", "direction": "increase",
+            "margin": {"ratio": "2"}}  # fmt: skip
+    update_ok = {"metric": "update_ok", "type": "proportion"}
+    judged = _document("HealthPolicy", "driving", {"gates": [update_ok, hard]})
+    releases = [release(v) for v in ("1", "2")]
+    story.commit(fleet(), judged, *releases, rollout("cars", "app-2", steps))
+    drive(story, 8)
+    counted = []
+    for step in (0, 1, 2):
+        assert story.rollout().step == step
+        if step == 1:  # one of those who count leaves in the middle of it
+            story.enrol("car-03", model="m3", status="retired")
+            drive(story, 2)
+        story.loop.tick(story.world.now)
+        before = story.loop._listening.evidence.observations()[story.rollout().id]
+        counted += [arms.devices for arms in before.metric("hard").totals if arms.arm == "control"]
+        story.start()
+        story.loop.tick(story.world.now)
+        after = story.loop._listening.evidence.observations()[story.rollout().id]
+        assert (after.arms, _counts(after)) == (before.arms, _counts(before))
+        story.command("promote")
+        drive(story, 8)
+    assert story.rollout().state == "Completed"
+    assert counted[-1] > 0  # in the last step nobody is a control any more
+
+
+def _counts(seen: Observations) -> list[object]:
+    """What is counted; sums of sums differ in their last digit by the order of adding."""
+    hard = seen.metric("hard")
+    firsts = [(f.wave, f.band, f.d1, f.d0, f.y1, f.y0) for f in hard.firsts]
+    return [firsts, [(t.wave, t.arm, t.devices, t.events, t.exposure) for t in hard.totals]]
 
 
 def test_an_older_controller_is_fenced(story: Story) -> None:
