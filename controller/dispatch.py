@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controller.orders import Issuer, build
-from controller.rollout import desired, holdout, recovery, scope
+from controller.rollout import desired, holdout, recovery, scope, withholding
 from controller.rollout.model import (
     ActiveHold,
     Device,
@@ -89,6 +89,23 @@ class Dispatch:
             known = self._memberships.get(device, ())
             if rollout not in known:
                 self._memberships[device] = (*known, rollout)
+
+    def withholds(self, world: World, device: str) -> bool:
+        """Does a hold reject what this device was told last? Such an order does not leave again.
+
+        It stood before the hold, and there is no other set: the device runs it, or never came.
+        """
+        order, row, known = world.orders.get(device), world.seen.get(device), world.devices
+        if order is None or device not in known:
+            return False
+        memberships = self._memberships.get(device, ())
+        holds = (
+            hold
+            for hold in world.holds
+            if hold.fleet == known[device].fleet
+            and _covers(world, hold, known[device], memberships)
+        )
+        return withholding.rejected(order, row.components if row else {}, holds)
 
     def compose(self, world: World, most: int, now: float, *, before: float | None) -> Part:
         """The next part: at most so many devices. `before`: when a lost database was found."""
@@ -181,27 +198,12 @@ class _View:
             last=last,
             memberships=speaking,
             past=past,
-            holds=[hold for hold in self._holds[fleet] if self._covers(hold, device, memberships)],
+            holds=[h for h in self._holds[fleet] if _covers(world, h, device, memberships)],
             stops=world.stops,
             proven=self._proven_for(device),
             on_unknown=str(declared.on_unknown) if declared else "keep",
             foreign=recovery.foreign(device, row, last, before),
         )
-
-    def _covers(self, hold: ActiveHold, device: Device, memberships: Sequence[str]) -> bool:
-        """Is the device in the hold's scope? Steps and cohorts are those of the hold's rollout."""
-        if hold.whole:
-            return True
-        world = self.world
-        if scope.named(hold.scope):  # by who it is, not by where it stands in a rollout
-            return scope.covers(hold.scope, device, None, None)
-        for name in memberships:
-            rollout = world.rollouts[name]
-            if rollout.name == hold.rollout and rollout.digest == hold.digest:
-                member = world.members[name][device.id]
-                if scope.covers(hold.scope, device, member, world.pinned.get(name)):
-                    return True
-        return False
 
     def _proven_for(self, device: Device) -> dict[str, Proven]:
         fleet = device.fleet
@@ -233,6 +235,21 @@ class _View:
             if best is None or proven.at > best.at or kind:
                 found[component] = proven
         return found
+
+
+def _covers(world: World, hold: ActiveHold, device: Device, memberships: Sequence[str]) -> bool:
+    """Is the device in the hold's scope? Steps and cohorts are those of the hold's rollout."""
+    if hold.whole:
+        return True
+    if scope.named(hold.scope):  # by who it is, not by where it stands in a rollout
+        return scope.covers(hold.scope, device, None, None)
+    for name in memberships:
+        rollout = world.rollouts[name]
+        if rollout.name == hold.rollout and rollout.digest == hold.digest:
+            member = world.members[name][device.id]
+            if scope.covers(hold.scope, device, member, world.pinned.get(name)):
+                return True
+    return False
 
 
 def _may_go(world: World, place: desired.Place, target: desired.Target) -> bool:

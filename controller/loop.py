@@ -88,8 +88,16 @@ class Loop:
         except BaseException:
             self._loaded = False  # the database is the truth: read it again
             raise
-        self._outbox.publish(self._memory.in_force, forward=self._asked)
+        self._publish()
         return taken
+
+    def _publish(self) -> None:
+        world = self._world()
+        self._outbox.publish(
+            self._memory.in_force,
+            forward=self._asked,
+            withholds=lambda device: self._dispatch.withholds(world, device),
+        )
 
     # -- observe ----------------------------------------------------------------------------------
 
@@ -154,6 +162,7 @@ class Loop:
         self._recording.touch((device.id for device in changed), now)
         if before == memory.wishes:
             return bool(memory.commands)
+        self._listening.unheeded |= self._outbox.released()
         same_stops = before.stops == memory.stops
         self._dispatch.touch(
             memory.concerned(before.holds, self._listening.seen) if same_stops else memory.devices

@@ -8,7 +8,7 @@ it can be repeated at any time, because an order is level state and the broker i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -136,6 +136,7 @@ class Outbox:
         self._batch = batch
         self._taken: list[tuple[str, int]] = []  # by the broker, not noted yet
         self._away = False
+        self._withheld: set[str] = set()  # devices whose order a hold rejects
 
     def send(
         self,
@@ -170,11 +171,19 @@ class Outbox:
             store.mark_published(conn, self._taken)
             self._taken = []
 
-    def publish(self, known: frozenset[str] | None = None, *, forward: bool = True) -> int:
+    def publish(
+        self,
+        known: frozenset[str] | None = None,
+        *,
+        forward: bool = True,
+        withholds: Callable[[str], bool] = lambda device: False,
+    ) -> int:
         """Send all that waits (without `forward`: what leads back); how many the broker took.
 
         `known`: the holds and stops (ids) that these orders were composed under. When another one
         has come since, nothing more leaves: the loop, woken by it, composes anew first.
+        `withholds`: is this device's last order rejected, with no other one in its place? It
+        waits no more, until `released`.
         """
         sent = 0
         if self._taken:
@@ -192,11 +201,19 @@ class Outbox:
                     store.check(conn, self._term)
             if not waiting:
                 return sent
-            done = self._send(waiting)
-            self._note(done)
+            rejected = {order[0]: order[2] for order in waiting if withholds(order[0])}
+            self._withheld.update(rejected)
+            leaving = [order for order in waiting if order[0] not in rejected]
+            done = self._send(leaving) if leaving else []
+            self._note([*done, *rejected.items()])
             sent += len(done)
-            if len(done) < len(waiting):
+            if len(done) < len(leaving):
                 return sent  # the broker is away or slow: the loop comes again
+
+    def released(self) -> set[str]:
+        """Whose orders were withheld, once: holds have changed, and they are to be asked about."""
+        released, self._withheld = self._withheld, set()
+        return released
 
     def _send(self, orders: Sequence[tuple[str, bytes, int, str]]) -> list[tuple[str, int]]:
         """(device, generation) of those that the broker took."""
@@ -212,8 +229,3 @@ class Outbox:
             if self._term is not None:
                 store.fence(conn, self._term)
             store.mark_published(conn, done)
-
-
-def told_map(order: Order | None) -> Mapping[str, str]:
-    """component → digest of an order; empty for none."""
-    return {c: told.digest for c, told in order.components.items()} if order else {}

@@ -37,7 +37,7 @@ from controller.http.events import Events, stream
 from controller.http.ports import Deps, Given
 from controller.http.problems import Problem
 from controller.store import devices as registry_rows
-from controller.store import views
+from controller.store import handout, views
 from controller.store.tables import artifacts, desired, devices, holds, rollouts
 from device_agent.protocol import DIGEST
 from telemetry import metrics
@@ -55,15 +55,15 @@ EVENTS_BEAT = 10.0  # seconds of silence before a sign of life
 
 @api.get("/devices/{device}/desired", **raw("application/json", 204))
 def desired_state(device: str, deps: Given, caller: Caller) -> Response:
-    """The signed order as it was published; 204 when there is none."""
+    """The signed order as it was published; 204 when there is none, or none that still holds."""
     if caller is not None and caller != device:
         raise Problem(403, "a device reads its own order alone")
     with reading(deps.engine) as conn:
         row = registry_rows.get(conn, device)
-        body = views.envelope(conn, device)
+        body = handout.order(conn, row, deps.reader) if row is not None else None
     if row is None:
         raise Problem(404, f"device {device[:80]!r}: unknown")
-    if body is None or row.status != "active":
+    if body is None:
         return Response(status_code=204)
     return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
 

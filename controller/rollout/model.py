@@ -202,6 +202,10 @@ class Order:
     at: float
     not_after: float | None = None
 
+    @property
+    def digests(self) -> frozenset[str]:
+        return frozenset(told.digest for told in self.components.values())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proven:

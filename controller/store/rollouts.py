@@ -216,6 +216,24 @@ def load_orders(conn: Connection) -> dict[str, Order]:
     return {row.device: _order(dict(row._mapping)) for row in rows}
 
 
+def load_order(conn: Connection, device: str) -> tuple[Order, bytes] | None:
+    """The last order of one device, and its envelope."""
+    row = conn.execute(select(desired).where(desired.c.device == device)).first()
+    return None if row is None else (_order(dict(row._mapping)), bytes(row.body))
+
+
+def load_memberships(
+    conn: Connection, device: str, *, rollout: str, digest: str
+) -> list[tuple[Member, Mapping[str, Any]]]:
+    """A device in the rollouts of this name that brought this release; with what they pinned."""
+    query = (
+        select(members, rollouts.c.pinned.label("pinned"))
+        .join_from(members, rollouts, members.c.rollout == rollouts.c.id)
+        .where(members.c.device == device, rollouts.c.name == rollout, rollouts.c.digest == digest)
+    )
+    return [(_member(dict(row._mapping)), row.pinned) for row in conn.execute(query)]
+
+
 def load_proven(conn: Connection) -> dict[tuple[str, str, str], Proven]:
     return {
         (row.fleet, row.component, row.hardware): Proven(

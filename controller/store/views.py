@@ -438,9 +438,3 @@ def orders(conn: Connection, ids: Sequence[str]) -> dict[str, Plain]:
                 "published": bool(row.published),
             }
     return found
-
-
-def envelope(conn: Connection, device: str) -> bytes | None:
-    """The signed order of a device, as published."""
-    row = conn.execute(select(desired.c.body).where(desired.c.device == device)).first()
-    return None if row is None else bytes(row[0])

@@ -141,3 +141,41 @@ def test_without_another_set_what_is_rejected_does_not_start(world: World) -> No
         world.commit({f"holds/{hold}.yaml": text})
     world.run(120)
     assert texts.artifact("2") not in {start.digest for start in sleeper.disk.started}
+
+
+HOLD = "01mcc5sjatd4j5brjrenvfz8aa"
+
+
+def reject_what_all_run(world: World) -> None:
+    """All were told 2 and run it; then 2 and the 1 before it are rejected: nowhere to go."""
+    publish(world, "2")
+    world.run(60)
+    files = {}
+    for version, hold in (("1", HOLD.replace("aa", "bb")), ("2", HOLD)):
+        text = texts.hold(
+            hold, version, texts.digest_of(version), to="previous", at="2027-01-15T08:00:00Z"
+        )
+        files[f"holds/{hold}.yaml"] = text
+    world.commit(files)
+    world.run(10)
+
+
+def test_an_order_that_a_hold_rejects_does_not_leave_again(world: World) -> None:
+    """Seed 20182: there is no other set to go to, and the broker forgets."""
+    reject_what_all_run(world)
+    told = len(world.wire.sent)
+    world.broker_away(5, forgot=True)
+    world.run(20)
+    assert len(world.wire.sent) == told
+    assert world.check() == []
+
+
+def test_what_was_withheld_leaves_when_its_hold_is_lifted(world: World) -> None:
+    reject_what_all_run(world)
+    world.broker_away(5, forgot=True)
+    world.run(20)
+    told = len(world.wire.sent)
+    assert world.ask("lift", hold=HOLD)
+    world.run(20)
+    assert {sent.device for sent in world.wire.sent[told:]} == set(world.devices)
+    assert world.check() == []
