@@ -85,7 +85,7 @@ def recovery(
     """(the rollout and its hold, the devices that a rollback has not reached, by id)."""
     with reading(engine) as conn:
         row = found(conn, rollout)
-        fleet = load(conn, row["id"], heard)
+        fleet = load(conn, row["id"], heard, running=True)
         holds = [h for h in fleet.holds if h.digest == row["digest"] and h.to != "stay"]
         if not holds:
             raise Refused(409, f"{row['name']}: no rollback of {row['release']} is in force")

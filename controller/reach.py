@@ -65,26 +65,35 @@ class Fleet:
         return scope.covers(hold.scope, self.devices[device], self.members.get(device), self.pinned)
 
 
-def load(conn: Connection, rollout: str, heard: Heard | None) -> Fleet:
+def load(conn: Connection, rollout: str, heard: Heard | None, *, running: bool = False) -> Fleet:
+    """`running`: only the devices that run what this rollout brings; without, all of the fleet."""
     every = store.load_rollouts(conn)
     this = every[rollout]
-    known = rows.registry(conn, this.fleet)
+    seen, fault = _heard(heard)
+    only = _running(seen, frozenset(this.artifacts.values())) if running else None
     documents = {n: Release.model_validate(d) for n, d in store.load_releases(conn).items()}
     holds, _ = store.load_holds(conn)
-    seen, fault = _heard(heard)
     return Fleet(
         rollout=this,
         pinned=Pinned.from_json(this.pinned) if this.pinned else None,
-        members=rows.members_of(conn, this.id),
+        members=rows.members_of(conn, this.id, only),
         rollouts=[one for one in every.values() if one.fleet == this.fleet],
-        devices=known,
-        orders=rows.orders(conn, this.fleet),
+        devices=rows.registry(conn, this.fleet, only),
+        orders=rows.orders(conn, this.fleet, only),
         holds=[h for h in holds if h.fleet == this.fleet],
         catalog=desired.Catalog(releases=documents),
         seen=seen,
         telemetry=fault,
         proven=store.load_proven(conn),
     )
+
+
+def _running(seen: Mapping[str, DeviceRow], digests: frozenset[str]) -> list[str]:
+    return [
+        name
+        for name, row in seen.items()
+        if any(part.digest in digests for part in row.components.values())
+    ]
 
 
 def _heard(heard: Heard | None) -> tuple[Mapping[str, DeviceRow], str]:
@@ -141,7 +150,7 @@ class _Past:
         ours = {fleet.rollout.id: fleet.members}
         return cls(
             speaking=[
-                (one, ours.get(one.id) or rows.members_of(conn, one.id))
+                (one, ours.get(one.id) or rows.members_of(conn, one.id, names))
                 for one in fleet.rollouts
                 if one.active
             ],

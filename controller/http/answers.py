@@ -301,6 +301,7 @@ class Outcomes(Answer):
     items: list[Changed]
     delivery: list[Delivery]
     days: float
+    at: str = Field(description="When it was measured")
     next: str | None
 
 

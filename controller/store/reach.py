@@ -17,16 +17,18 @@ from controller.rollout.model import Arm, Device, Member, MemberState, Order, To
 from controller.store.tables import desired, devices, members
 
 _FEW = 500  # devices that are asked for by name; more are read with the whole rollout
+_MANY = 5_000  # names in one question
 _STATES = {state.value: state for state in MemberState}
 _ARMS = {arm.value: arm for arm in Arm}
 
 
-def registry(conn: Connection, fleet: str) -> dict[str, Device]:
+def registry(conn: Connection, fleet: str, only: Collection[str] | None) -> dict[str, Device]:
+    """The fleet's devices; `only`: those of these names."""
     parse = _parser()
     query = select(
         devices.c.id, cast(devices.c.labels, Text), devices.c.status, devices.c.moved_at,
         devices.c.term,
-    ).where(devices.c.fleet == fleet)  # fmt: skip
+    ).where(devices.c.fleet == fleet, *_named(devices.c.id, only))  # fmt: skip
     return {
         name: Device(
             id=name, fleet=fleet, labels=parse(labels), status=status, moved_at=moved_at, term=term
@@ -35,7 +37,7 @@ def registry(conn: Connection, fleet: str) -> dict[str, Device]:
     }
 
 
-def orders(conn: Connection, fleet: str) -> dict[str, Order]:
+def orders(conn: Connection, fleet: str, only: Collection[str] | None) -> dict[str, Order]:
     """The last order of each device of the fleet."""
     parse = _parser(_told)
     columns = (
@@ -49,7 +51,7 @@ def orders(conn: Connection, fleet: str) -> dict[str, Order]:
             components=parse(components), at=at,
         )
         for device, term, generation, attempt, kind, components, at in conn.execute(
-            query.where(devices.c.fleet == fleet)
+            query.where(devices.c.fleet == fleet, *_named(devices.c.id, only))
         )
     }  # fmt: skip
 
@@ -64,8 +66,10 @@ def _told(plain: Mapping[str, Any]) -> dict[str, Told]:
     }  # fmt: skip
 
 
-def members_of(conn: Connection, rollout: str) -> dict[str, Member]:
-    found = _members(conn, members.c.rollout == rollout)
+def members_of(
+    conn: Connection, rollout: str, only: Collection[str] | None = None
+) -> dict[str, Member]:
+    found = _members(conn, members.c.rollout == rollout, *_named(members.c.device, only))
     return {member.device: member for _, member in found}
 
 
@@ -111,6 +115,13 @@ def _members(conn: Connection, *where: ColumnElement[bool]) -> list[tuple[str, M
         for rollout, device, step, arm, drawn_at, hardware, band, score, previous, state, attempt,
         told_at in conn.execute(query)
     ]  # fmt: skip
+
+
+def _named(
+    column: ColumnElement[str], only: Collection[str] | None
+) -> tuple[ColumnElement[bool], ...]:
+    """Asked for by name where they are few; where they are many, the others do no harm."""
+    return () if only is None or len(only) > _MANY else (column.in_(sorted(only)),)
 
 
 def _parser(shape: Callable[[Any], Any] = lambda plain: plain) -> Callable[[str], Any]:

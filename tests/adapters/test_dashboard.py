@@ -333,7 +333,11 @@ def test_a_measurement_is_not_waited_for() -> None:
         pass
     assert result.value is True
     now[0] = 1000.0
-    assert measured.get("a", lambda: "again").value is True  # type: ignore[union-attr]
+    later = threading.Event()
+    slow = measured.get("a", lambda: later.wait(10) and "again")
+    assert slow is not None
+    assert slow.value is True  # the last one, while the next is measured
+    later.set()
     while measured.get("a", lambda: "again").value != "again":  # type: ignore[union-attr]
         pass
     measured.close()

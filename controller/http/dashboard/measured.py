@@ -1,8 +1,8 @@
 """What takes seconds to measure, measured beside the pages: they show the last result and its time.
 
 Rules: one measurement at a time; a result is measured again when somebody asks for it and it is
-older than a minute, and than twenty times what it took; the first one is waited for only shortly,
-then the page says that it is coming.
+older than twenty times what it took (a second at least); that is waited for only shortly, then the
+last one is shown, or the page says that it is coming. A program waits for the first one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 import structlog
 
-FRESH = 60.0  # seconds
+FRESH = 1.0  # seconds
 PATIENCE = 0.15
+OF_PROGRAMS = 60.0
 log = structlog.get_logger()
 
 
@@ -36,8 +37,10 @@ class Measured:
         self._running: dict[Hashable, Future[Any]] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="measured")
 
-    def get(self, key: Hashable, measure: Callable[[], Any]) -> Result | None:
-        """The last result; None while the first is still being measured."""
+    def get(
+        self, key: Hashable, measure: Callable[[], Any], patience: float = PATIENCE
+    ) -> Result | None:
+        """The last result; None while the first is still being measured, after `patience`."""
         with self._lock:
             known = self._results.get(key)
             if known is not None and self._clock() - known.at < max(FRESH, 20 * known.took):
@@ -45,8 +48,7 @@ class Measured:
             future = self._running.get(key)
             if future is None or future.done():
                 future = self._running[key] = self._worker.submit(self._run, key, measure)
-        if known is None:
-            wait([future], PATIENCE)
+        wait([future], patience if known is None else PATIENCE)
         with self._lock:
             return self._results.get(key)
 
