@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from heapq import nsmallest
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -147,22 +148,24 @@ def device_changes(
     """
     if where:
         return suspecting.rank(deps, book, who, since=since, where=where, fleet=fleet, limit=limit)
-    registry, reported = _marks(paging.key(cursor))
+    registry, batch, name = _marks(paging.key(cursor))
     with reading(deps.engine) as conn:
         rows = list(views.changed_devices(conn, since=registry, limit=limit))
         registry = max([registry, *(row.change for row in rows)])
-        heard = sorted(
-            (row for row in book.seen().values() if row.change > reported), key=lambda r: r.change
-        )
-        taken = heard[:limit]
-        if len(heard) > limit:  # a batch is never split between two pages
-            taken = [row for row in heard if row.change <= taken[-1].change]
-        reported = max([reported, *(row.change for row in taken)])
+        told = _told_since(book.seen().values(), (batch, name), limit)
+        if told:
+            batch, name = told[-1].change, told[-1].device
         present = {row.id for row in rows}
-        rows += _rows(conn, [row.device for row in taken if row.device not in present])
+        rows += _rows(conn, [row.device for row in told if row.device not in present])
         visible = [row for row in rows if who.sees(row.fleet) and fleet in ("", row.fleet)]
-        following = paging.cursor(f"{registry}.{reported}")
+        following = paging.cursor(f"{registry}.{batch}.{name}")
         return {"items": book.describe(conn, visible), "next": following}
+
+
+def _told_since(heard: Iterable[DeviceRow], since: tuple[int, str], limit: int) -> list[DeviceRow]:
+    """The oldest `limit` words after `since`: (change number, device)."""
+    later = (row for row in heard if (row.change, row.device) > since)
+    return nsmallest(limit, later, key=lambda row: (row.change, row.device))
 
 
 @router.get("/devices/{device}", **says(answers.DeviceAnswer))
@@ -379,13 +382,13 @@ def _rows(conn: Connection, ids: Sequence[str]) -> list[Row[Any]]:
     return list(get_many(conn, list(ids)).values())
 
 
-def _marks(key: str) -> tuple[int, int]:
-    first, _, second = (key or "0.0").partition(".")
-    if not (first.isascii() and first.isdigit() and second.isascii() and second.isdigit()) or (
-        len(key) > 32
-    ):
+def _marks(key: str) -> tuple[int, int, str]:
+    """(change of the registry, change of telemetry, device) where the page before ended."""
+    found = re.fullmatch(r"([0-9]{1,15})\.([0-9]{1,15})(?:\.([a-z0-9._-]{0,63}))?", key or "0.0")
+    if found is None:
         raise Problem(400, "cursor: not one of this list", pointer="query/cursor")
-    return int(first), int(second)
+    # A cursor of an earlier version has no device: it ended with the whole batch.
+    return int(found[1]), int(found[2]), "~" if found[3] is None and key else found[3] or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

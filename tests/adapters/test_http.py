@@ -13,7 +13,9 @@ from sqlalchemy import insert, update
 from controller import tokens
 from controller.store.tables import desired, devices
 from controller.tokens import Role
+from device_agent.protocol import Presence
 from telemetry.store.database import writing
+from telemetry.store.fold import Batch, Heard
 
 if TYPE_CHECKING:
     from conftest import House
@@ -66,6 +68,42 @@ def test_changes_show_what_moved_since_the_cursor(house: House) -> None:
     house.client.post("/api/v1/devices/car-1:move", json={"fleet": "us", "reason": "sold"})
     moved = house.client.get("/api/v1/devices:changes", params={"cursor": first["next"]}).json()
     assert [(d["id"], d["fleet"]) for d in moved["items"]] == [("car-1", "us")]
+
+
+def test_changes_of_one_batch_come_page_by_page_each_once(house: House) -> None:
+    many = [{"id": f"car-{i:03d}", "fleet": "eu"} for i in range(50)]
+    house.client.post("/api/v1/devices", json=many)
+    quiet, cursor = 0, None
+    while quiet < 2:  # the registry's own changes first
+        params = {"limit": 20, **({"cursor": cursor} if cursor else {})}
+        page = house.client.get("/api/v1/devices:changes", params=params).json()
+        quiet, cursor = (0 if page["items"] else quiet + 1), page["next"]
+    word = Presence(online=True, boot="b1", boot_count=1)
+    house.store.write(Batch(messages=[Heard(one["id"], word) for one in many]), NOW)
+    seen: list[str] = []
+    while True:
+        params = {"limit": 20, "cursor": cursor}
+        page = house.client.get("/api/v1/devices:changes", params=params).json()
+        assert len(page["items"]) <= 20
+        if not page["items"]:
+            break
+        seen, cursor = [*seen, *(one["id"] for one in page["items"])], page["next"]
+    assert sorted(seen) == sorted(one["id"] for one in many)
+
+
+def test_a_filter_on_the_last_word_pages_by_id_and_leaves_nobody_out(house: House) -> None:
+    many = [f"car-{i:03d}" for i in range(30)]
+    house.client.post("/api/v1/devices", json=[{"id": name, "fleet": "eu"} for name in many])
+    word = Presence(online=True, boot="b1", boot_count=1)
+    house.store.write(Batch(messages=[Heard(name, word) for name in many[::3]]), NOW)
+    for online, wanted in ((True, many[::3]), (False, [n for n in many if n not in many[::3]])):
+        seen: list[str] = []
+        cursor: str | None = ""
+        while cursor is not None:
+            params = {"limit": 4, "online": online, **({"cursor": cursor} if cursor else {})}
+            page = house.client.get("/api/v1/devices", params=params).json()
+            seen, cursor = [*seen, *(one["id"] for one in page["items"])], page["next"]
+        assert seen == wanted
 
 
 def test_an_enrolled_device_gets_no_second_token(house: House) -> None:
@@ -362,6 +400,7 @@ def test_a_plan_is_answered_with_its_digest_and_records_nothing(house: House) ->
 
 def test_outcomes_are_there_before_any_rollout(house: House) -> None:
     found = house.client.get("/api/v1/outcomes", params={"days": 30}).json()
+    assert found.pop("at") == "2027-01-15T08:00:00.000Z"
     assert found == {"days": 30, "items": [], "delivery": [], "next": None}
     refused = house.client.get("/api/v1/outcomes", params={"days": "nan"})
     assert refused.status_code == 422

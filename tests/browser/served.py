@@ -63,11 +63,25 @@ def serve(root: Path, *, devices: int = 240, rollouts: int = 30) -> Site:
         if devices
         else estate.Estate(devices={}, rollouts={})
     )
+    return _attach(root, root / "none.git", engine, telemetry, filled)
+
+
+def attach(state_dir: Path) -> Site:
+    """Pages that ask for a login, of a service that runs already: an API process of their own."""
+    engine = open_control(f"sqlite:///{state_dir / 'control.db'}")
+    telemetry = open_engine(f"sqlite:///{state_dir / 'telemetry.db'}")
+    nothing = estate.Estate(devices={}, rollouts={})
+    return _attach(state_dir, state_dir / "none.git", engine, telemetry, nothing)
+
+
+def _attach(
+    state_dir: Path, repo: Path, engine: Engine, telemetry: Engine, filled: estate.Estate
+) -> Site:
     port = _free_port()
     child = subprocess.Popen(
         [
             sys.executable, "-m", "controller.cli", "serve", "--role", "api", "--auth", "required",
-            "--repo", str(root / "none.git"), "--state-dir", str(root),
+            "--repo", str(repo), "--state-dir", str(state_dir),
             "--listen", f"127.0.0.1:{port}", "--broker", f"mqtt://127.0.0.1:{_free_port()}",
         ],
         stdout=subprocess.DEVNULL,
