@@ -18,6 +18,8 @@ from device_agent.protocol import canonical
 
 FIRST = "0" * 64
 CHAIN = 0x62656C6C  # the advisory lock of the chain's end
+_LAST = select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
+_APPEND = insert(audit)
 
 
 def append(
@@ -33,9 +35,7 @@ def append(
     if conn.dialect.name == "postgresql":
         # One chain has one end: writers take their turn. (SQLite has one writer anyway.)
         conn.execute(select(func.pg_advisory_xact_lock(CHAIN)))
-    last = conn.execute(
-        select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
-    ).first()
+    last = conn.execute(_LAST).first()
     seq: int = last.seq + 1 if last else 1
     row: dict[str, Any] = {
         "seq": seq,
@@ -46,7 +46,7 @@ def append(
         "detail": dict(detail),
         "previous": last.hash if last else FIRST,
     }
-    conn.execute(insert(audit).values(**row, hash=digest(row)))
+    conn.execute(_APPEND, {**row, "hash": digest(row)})
     return seq
 
 
@@ -58,9 +58,7 @@ def digest(row: Mapping[str, Any]) -> str:
 
 def head(conn: Connection) -> tuple[int, str] | None:
     """(seq, hash) of the newest row: what is kept outside."""
-    last = conn.execute(
-        select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
-    ).first()
+    last = conn.execute(_LAST).first()
     return None if last is None else (last.seq, last.hash)
 
 

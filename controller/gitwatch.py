@@ -21,14 +21,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Engine, insert, select, update
+from sqlalchemy import Connection, Engine, func, select
 
+from controller import hold_files
 from controller.fleetrepo import FleetRepo, RepoUnavailable
 from controller.manifests.admission import admit
-from controller.manifests.kinds import Hold
 from controller.manifests.reader import Manifests, Problem, Reading, read
 from controller.recorder import Recorder
-from controller.rollout import scope
 from controller.rollout.world import Head
 from controller.store import rollouts as store
 from controller.store.lease import Fenced
@@ -57,6 +56,25 @@ class GitState:
     problems: tuple[Mapping[str, Any], ...] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Basis:
+    """What the admission of a tree depends on beside the tree."""
+
+    registry: int | None  # the newest change of a device
+    releases: tuple[tuple[str, str], ...]  # (name, digest) that was seen before
+    recorded: tuple[tuple[str, str], ...]  # holds in force that Git has: (id, release)
+
+
+_LABELS = select(devices.c.id, devices.c.labels)
+_NEWEST = select(func.max(devices.c.change))
+_DIGESTS = select(releases.c.name, releases.c.digest).order_by(releases.c.name)
+_RECORDED = (
+    select(holds.c.id, holds.c.release)
+    .where(holds.c.commit.is_not(None), holds.c.lifted_at.is_(None))
+    .order_by(holds.c.id)
+)
+
+
 class GitWatch:
     """`poll` does one round; `current` answers the accepted head; `run` polls until stopped."""
 
@@ -81,6 +99,7 @@ class GitWatch:
         self._told = told  # tells the forge how the commits fare
         self._current: Head | None = None
         self._reading: Reading | None = None  # of the last tree: what stays is not parsed again
+        self._basis: Basis | None = None  # of the last admission
         self._state = GitState(url=url, branch=branch)
         self._wake = threading.Event()
         self._stopping = False
@@ -150,9 +169,11 @@ class GitWatch:
 
     def _accept(self, commit: str, now: float) -> None:
         info = self._repo.info(commit)
-        self._current, problems = self._head(commit, info.author)
-        if self._current is not None:
-            self._take_holds(self._current.manifests, commit, now)
+        self._current, problems = self._head(commit, info.author, self._look())
+        manifests = self._current.manifests
+        if manifests.holds or manifests.lifts:
+            with self._writing() as conn:
+                hold_files.take(conn, manifests, commit, now)
         self._state = GitState(
             url=self._state.url,
             branch=self._state.branch,
@@ -165,77 +186,22 @@ class GitWatch:
         log.info("accepted", commit=commit, author=info.author, problems=len(problems))
         self._woken()
 
-    def _head(self, commit: str, author: str) -> tuple[Head, list[Problem]]:
+    def _head(self, commit: str, author: str, basis: Basis) -> tuple[Head, list[Problem]]:
         with reading(self._engine) as conn:
-            known = {row.name: row.digest for row in conn.execute(select(releases))}
-            registry = {row.id: row.labels for row in conn.execute(select(devices))}
-            recorded = [
-                (row.id, row.release)
-                for row in conn.execute(select(holds))
-                if row.commit is not None and row.lifted_at is None
-            ]
+            registry = {row.id: row.labels for row in conn.execute(_LABELS)}
         self._reading = read(self._repo.read(commit), self._reading)
+        self._basis = basis
+        known = dict(basis.releases)
         head, problems = assess(self._reading, commit, author, known=known, registry=registry)
-        return head, [*problems, *_vanished(recorded, head.manifests)]
+        return head, [*problems, *_vanished(basis.recorded, head.manifests)]
 
-    def _take_holds(self, manifests: Manifests, commit: str, now: float) -> None:
-        """Holds and lifts that people (or we, before a wipe) wrote into Git come into force."""
-        with self._writing() as conn:
-            known = {row.id for row in conn.execute(select(holds.c.id))}
-            for hold in manifests.holds.values():
-                if hold.id in known:  # ours: it stands in Git now, whoever merged it
-                    conn.execute(
-                        update(holds)
-                        .where(holds.c.id == hold.id, holds.c.commit.is_(None))
-                        .values(commit=commit)
-                    )
-                    continue
-                rollout = manifests.rollouts.get(hold.rollout)
-                release = manifests.releases.get(hold.rejects_release)
-                artifacts = [a.digest for a in release.artifacts] if release else []
-                conn.execute(
-                    insert(holds).values(
-                        id=hold.id,
-                        rollout=hold.rollout,
-                        fleet=rollout.fleet if rollout else "",
-                        release=hold.rejects_release,
-                        digest=hold.rejects_digest,
-                        artifacts=self._changed(artifacts, manifests, hold.rollout),
-                        to=str(hold.to),
-                        scope=_scope(hold),
-                        reason=hold.reason,
-                        actor=hold.actor,
-                        incident=hold.incident,
-                        created_at=_moment(hold.created_at, now),
-                        commit=commit,
-                    )
-                )
-            for lift in manifests.lifts.values():
-                conn.execute(
-                    update(holds)
-                    .where(holds.c.lift == lift.id, holds.c.lift_commit.is_(None))
-                    .values(lift_commit=commit)
-                )
-                conn.execute(
-                    update(holds)
-                    .where(holds.c.id == lift.hold, holds.c.lifted_at.is_(None))
-                    .values(
-                        lift=lift.id,
-                        lifted_at=now,
-                        lifted_by=lift.actor,
-                        lift_reason=lift.reason,
-                        lift_commit=commit,
-                    )
-                )
-
-    def _changed(self, artifacts: list[str], manifests: Manifests, rollout: str) -> list[str]:
-        """The rejected artifacts: those that the fleet's proven set does not contain."""
-        wanted = manifests.rollouts.get(rollout)
+    def _look(self) -> Basis:
         with reading(self._engine) as conn:
-            proven = store.load_proven(conn)
-        fleet = wanted.fleet if wanted else ""
-        before = {value.digest for (name, _, _), value in proven.items() if name == fleet}
-        return [digest for digest in artifacts if digest not in before] or artifacts
+            return Basis(
+                registry=conn.execute(_NEWEST).scalar_one(),
+                releases=tuple((row.name, row.digest) for row in conn.execute(_DIGESTS)),
+                recorded=tuple((row.id, row.release) for row in conn.execute(_RECORDED)),
+            )
 
     def _restore(self) -> None:
         """After a restart: the head that was accepted last, from the local clone, without Git."""
@@ -246,7 +212,7 @@ class GitWatch:
         problems = tuple(kept.pop("problems", ()))
         self._state = GitState(**kept, problems=problems)
         try:
-            head, _ = self._head(kept["accepted"], kept["author"])
+            head, _ = self._head(kept["accepted"], kept["author"], self._look())
             self._current = replace(head, asked=False, heard=False) if head else None
         except (RepoUnavailable, OSError, ValueError):
             # The accepted commit stays the one to descend from; its tree comes with the fetch.
@@ -254,9 +220,10 @@ class GitWatch:
 
     def _refresh(self, now: float) -> None:
         """Devices were enrolled since: what depends on the registry is checked again."""
-        if self._current is None or self._state.accepted is None:
+        basis = self._look()
+        if self._state.accepted is None or basis == self._basis:
             return
-        head, problems = self._head(self._state.accepted, self._state.author)
+        head, problems = self._head(self._state.accepted, self._state.author, basis)
         plain = tuple(_plain(problem) for problem in problems)
         if plain != self._state.problems:
             values = {**_state(self._state), "problems": plain}
@@ -296,14 +263,6 @@ def assess(
             blocked.setdefault(name, str(problem))
     head = Head(commit=commit, author=author, manifests=content.manifests, blocked=blocked)
     return head, problems
-
-
-def _scope(hold: Hold) -> dict[str, Any]:
-    """What Git says; a scope that means nothing holds for everybody, the safer reading."""
-    try:
-        return scope.checked(hold.scope)
-    except ValueError:
-        return dict(scope.EVERYBODY)
 
 
 def _rewritten(content: Reading, known: Mapping[str, str]) -> list[Problem]:
@@ -364,7 +323,3 @@ def _state(state: GitState) -> dict[str, Any]:
 
 def _json(state: GitState) -> dict[str, Any]:
     return {**_state(state), "problems": [dict(problem) for problem in state.problems]}
-
-
-def _moment(value: Any, now: float) -> float:
-    return float(value.timestamp()) if hasattr(value, "timestamp") else now

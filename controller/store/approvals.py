@@ -14,6 +14,9 @@ from controller.store.tables import approvals, votes
 
 LASTS = 24 * 3600.0  # seconds that a request waits
 _RULES = "approvals"
+_GRANTED = select(approvals.c.rollout, approvals.c.result).where(
+    approvals.c.state == "granted", approvals.c.kind.in_(("start", "recall"))
+)
 
 
 def load_rules(conn: Connection) -> dict[str, dict[str, int]]:
@@ -27,12 +30,7 @@ def put_rule(conn: Connection, fleet: str, rule: Mapping[str, int]) -> None:
 
 def load_granted(conn: Connection) -> dict[str, str]:
     """rollout id → who approved its start, in words."""
-    rows = conn.execute(
-        select(approvals.c.rollout, approvals.c.result).where(
-            approvals.c.state == "granted", approvals.c.kind.in_(("start", "recall"))
-        )
-    )
-    return {row.rollout: row.result for row in rows}
+    return {row.rollout: row.result for row in conn.execute(_GRANTED)}
 
 
 def ask(

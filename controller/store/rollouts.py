@@ -83,6 +83,51 @@ _WAITING = (
     .limit(bindparam("most"))
 )
 _WAITING_BACK = _WAITING.where(desired.c.kind != "install")
+# What a decision writes, put together once too.
+_NEW_META = insert(meta)
+_SET_META = update(meta).where(meta.c.key == bindparam("named")).values(value=bindparam("new"))
+_NEW_ROLLOUT, _NEW_DECISION, _NEW_LOOK = insert(rollouts), insert(decisions), insert(looks)
+_AS_OPENED = frozenset(
+    {"id", "name", "fleet", "release", "digest", "artifacts", "opened_at", "seed", "pinned"}
+)
+_MOVES = tuple(n for n in rollouts.c.keys() if n not in _AS_OPENED | {"revision"})  # noqa: SIM118
+_MOVE_ROLLOUT = (
+    update(rollouts)
+    .where(rollouts.c.id == bindparam("named"))
+    .values({name: bindparam(f"new_{name}") for name in _MOVES})
+    .values(revision=rollouts.c.revision + bindparam("raised"))
+)
+_STANDING = select(members.c.step, members.c.arm, members.c.state).where(
+    members.c.rollout == bindparam("named"),
+    members.c.device.in_(bindparam("devices", expanding=True)),
+)
+_NEW_COUNT = insert(member_counts)
+_COUNT = (
+    update(member_counts)
+    .where(
+        member_counts.c.rollout == bindparam("r"),
+        member_counts.c.step == bindparam("s"),
+        member_counts.c.arm == bindparam("a"),
+        member_counts.c.state == bindparam("t"),
+    )
+    .values(n=member_counts.c.n + bindparam("more"))
+)
+_SENT = (
+    update(desired)
+    .where(desired.c.device == bindparam("d"), desired.c.generation == bindparam("g"))
+    .values(published=True)
+)
+_LOOKED = select(looks.c.at).where(
+    looks.c.rollout == bindparam("named"), looks.c.at == bindparam("then")
+)
+_PROVEN, _NEW_RELEASE = insert(proven), insert(releases)
+_UNPROVEN = delete(proven).where(
+    proven.c.fleet == bindparam("f"),
+    proven.c.component == bindparam("c"),
+    proven.c.hardware == bindparam("h"),
+)
+_KNOWN_RELEASE = select(releases.c.name).where(releases.c.name == bindparam("named"))
+_ALL_UNSENT = update(desired).values(published=False)
 _UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
 
 
@@ -92,9 +137,8 @@ def get_meta(conn: Connection, key: str, default: Any = None) -> Any:
 
 
 def put_meta(conn: Connection, key: str, value: Any) -> None:
-    done = conn.execute(update(meta).where(meta.c.key == key).values(value=value))
-    if not done.rowcount:
-        conn.execute(insert(meta).values(key=key, value=value))
+    if not conn.execute(_SET_META, {"named": key, "new": value}).rowcount:
+        conn.execute(_NEW_META, {"key": key, "value": value})
 
 
 def delete_meta(conn: Connection, key: str) -> None:
@@ -264,14 +308,14 @@ def unpublished(
 
 
 def insert_rollout(conn: Connection, rollout: Rollout) -> None:
-    conn.execute(insert(rollouts).values(**_values(rollout)))
+    conn.execute(_NEW_ROLLOUT, _values(rollout))
 
 
 def update_rollout(conn: Connection, before: Rollout, after: Rollout) -> None:
-    """Write a rollout; its revision is raised by as much as the decision raised it."""
-    values = _values(after)
-    values["revision"] = rollouts.c.revision + (after.revision - before.revision)
-    conn.execute(update(rollouts).where(rollouts.c.id == after.id).values(**values))
+    """Write what moves; the revision is raised by as much as the decision raised it."""
+    values = {f"new_{name}": getattr(after, name) for name in _MOVES}
+    values |= {"named": after.id, "raised": after.revision - before.revision}
+    conn.execute(_MOVE_ROLLOUT, values)
 
 
 def put_members(conn: Connection, rollout: str, changed: Sequence[Member]) -> None:
@@ -280,11 +324,8 @@ def put_members(conn: Connection, rollout: str, changed: Sequence[Member]) -> No
     more = Counter((m.step, str(m.arm), str(m.state)) for m in newest.values())
     names = list(newest)
     for start in range(0, len(names), _IN):
-        before = conn.execute(
-            select(members.c.step, members.c.arm, members.c.state).where(
-                members.c.rollout == rollout, members.c.device.in_(names[start : start + _IN])
-            )
-        )
+        some = names[start : start + _IN]
+        before = conn.execute(_STANDING, {"named": rollout, "devices": some})
         more.subtract((row.step, row.arm, row.state) for row in before)
     rows = ({"rollout": rollout, **_values(member)} for member in newest.values())
     bulk.upsert(conn, members, _in_columns(members, rows))
@@ -294,28 +335,23 @@ def put_members(conn: Connection, rollout: str, changed: Sequence[Member]) -> No
 def _count_members(
     conn: Connection, rollout: str, more: Mapping[tuple[int, str, str], int]
 ) -> None:
-    counts = member_counts
     for (step, arm, state), n in sorted(more.items()):
-        key = (counts.c.rollout == rollout) & (counts.c.step == step)
-        key &= (counts.c.arm == arm) & (counts.c.state == state)
         if not n:
             continue
-        done = conn.execute(update(counts).where(key).values(n=counts.c.n + n))
-        if not done.rowcount:
-            conn.execute(
-                insert(counts).values(rollout=rollout, step=step, arm=arm, state=state, n=n)
-            )
+        key = {"r": rollout, "s": step, "a": arm, "t": state, "more": n}
+        if not conn.execute(_COUNT, key).rowcount:
+            row = {"rollout": rollout, "step": step, "arm": arm, "state": state, "n": n}
+            conn.execute(_NEW_COUNT, row)
 
 
 def insert_look(conn: Connection, rollout: str, at: float, numbers: Mapping[str, Any]) -> None:
     """What the evidence said; a second one of the same instant replaces nothing."""
-    known = (looks.c.rollout == rollout) & (looks.c.at == at)
-    if conn.execute(select(looks.c.at).where(known)).first() is None:
-        conn.execute(insert(looks).values(rollout=rollout, at=at, numbers=dict(numbers)))
+    if conn.execute(_LOOKED, {"named": rollout, "then": at}).first() is None:
+        conn.execute(_NEW_LOOK, {"rollout": rollout, "at": at, "numbers": dict(numbers)})
 
 
 def insert_decision(conn: Connection, values: Mapping[str, Any]) -> None:
-    conn.execute(insert(decisions).values(**values))
+    conn.execute(_NEW_DECISION, dict(values))
 
 
 def finish_command(conn: Connection, command: str, state: str, result: str, now: float) -> None:
@@ -329,29 +365,15 @@ def finish_command(conn: Connection, command: str, state: str, result: str, now:
 def prove(
     conn: Connection, fleet: str, component: str, hardware: str, value: Proven, rollout: str | None
 ) -> None:
-    key = (
-        (proven.c.fleet == fleet)
-        & (proven.c.component == component)
-        & (proven.c.hardware == hardware)
-    )
-    conn.execute(delete(proven).where(key))
-    conn.execute(
-        insert(proven).values(
-            fleet=fleet,
-            component=component,
-            hardware=hardware,
-            release=value.release,
-            digest=value.digest,
-            rollout=rollout,
-            at=value.at,
-        )
-    )
+    conn.execute(_UNPROVEN, {"f": fleet, "c": component, "h": hardware})
+    row = {"fleet": fleet, "component": component, "hardware": hardware, "rollout": rollout}
+    what = {"release": value.release, "digest": value.digest, "at": value.at}
+    conn.execute(_PROVEN, {**row, **what})
 
 
 def put_release(conn: Connection, name: str, values: Mapping[str, Any]) -> None:
-    known = conn.execute(select(releases.c.name).where(releases.c.name == name)).first()
-    if known is None:
-        conn.execute(insert(releases).values(name=name, **values))
+    if conn.execute(_KNOWN_RELEASE, {"named": name}).first() is None:
+        conn.execute(_NEW_RELEASE, {"name": name, **values})
     else:
         changed = {k: v for k, v in values.items() if k in ("digest", "document", "commit")}
         conn.execute(update(releases).where(releases.c.name == name).values(**changed))
@@ -375,12 +397,7 @@ def mark_published(conn: Connection, sent: Iterable[tuple[str, int]]) -> None:
     """The broker has these (device, generation); a newer order stays unpublished."""
     rows = [{"d": device, "g": generation} for device, generation in sent]
     if rows:
-        conn.execute(
-            update(desired)
-            .where(desired.c.device == bindparam("d"), desired.c.generation == bindparam("g"))
-            .values(published=True),
-            rows,
-        )
+        conn.execute(_SENT, rows)
 
 
 def unpublish(conn: Connection, names: Sequence[str]) -> None:
@@ -392,7 +409,7 @@ def unpublish(conn: Connection, names: Sequence[str]) -> None:
 
 def unpublish_all(conn: Connection) -> int:
     """The broker forgot: everything is to be published again. Answers how many."""
-    return conn.execute(update(desired).values(published=False)).rowcount
+    return conn.execute(_ALL_UNSENT).rowcount
 
 
 def clear_orders(conn: Connection, names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import psycopg
-from sqlalchemy import Column, Connection, Engine, Select, delete, func, select, update
+from sqlalchemy import Column, Connection, Engine, Select, bindparam, delete, func, select, update
 from sqlalchemy.exc import DataError, IntegrityError
 
 from device_agent.protocol import ComponentReport, HistoryEntry, Presence, State
@@ -73,6 +73,47 @@ _AT_FAULT = (
     TypeError,
     ValueError,
 )
+
+
+# What is asked all the time is put together once.
+def _devices() -> Select[Any]:
+    """The last word of devices, in the order in which `_device_row` takes it apart."""
+    heard, said = tables.contacts.c, tables.reports.c
+    return select(
+        heard.device, heard.change, heard.last_contact, heard.heard_clock, heard.online,
+        heard.sleeping_until, heard.boot, heard.boot_count, said.reported_at, said.state,
+        said.reason, said.blocked_by, said.attempt, said.term, said.generation, said.components,
+        said.history, said.log,
+    ).outerjoin_from(tables.contacts, tables.reports, heard.device == said.device)  # fmt: skip
+
+
+def _end_of_page() -> Select[Any]:
+    """The change with which a page of rows ends; a change is never cut in two."""
+    change = tables.contacts.c.change
+    page = select(change).where(change > bindparam("since")).order_by(change)
+    return page.offset(bindparam("offset")).limit(1)
+
+
+_CONTACTS, _HEALTH = tables.contacts.c, tables.health
+_STATE = select(tables.state)
+_NEXT = (
+    update(tables.state)
+    .values(batch=tables.state.c.batch + 1)
+    .returning(tables.state.c.batch, tables.state.c.hearing, tables.state.c.hearing_at)
+)
+_HEARD = update(tables.state).values(hearing=bindparam("clock"), hearing_at=bindparam("at"))
+_DEVICE = _devices().where(_CONTACTS.device == bindparam("device"))
+_CHANGED = (
+    _devices()
+    .where(_CONTACTS.change > bindparam("since"))
+    .order_by(_CONTACTS.change, _CONTACTS.device)
+)
+_CHANGED_PAGE = _CHANGED.where(
+    _CONTACTS.change <= func.coalesce(_end_of_page().scalar_subquery(), _END)
+)
+_IN_ORDER = select(_HEALTH).order_by(_HEALTH.c.batch, _HEALTH.c.place)
+_HEALTH_SINCE = _IN_ORDER.where(_HEALTH.c.batch > bindparam("since")).limit(bindparam("most"))
+_HEALTH_OF = _IN_ORDER.where(_HEALTH.c.batch == bindparam("batch"))
 
 
 class Unstorable(Exception):
@@ -129,40 +170,32 @@ class Store:
 
     def watermark(self) -> int:
         with reading(self._engine) as connection:
-            return int(connection.execute(select(tables.state.c.batch)).scalar_one())
+            return int(connection.execute(_STATE).one().batch)
 
     def hearing(self) -> tuple[float, float]:
         with reading(self._engine) as connection:
-            row = connection.execute(
-                select(tables.state.c.hearing, tables.state.c.hearing_at)
-            ).one()
-        return float(row[0]), float(row[1])
+            row = connection.execute(_STATE).one()
+        return float(row.hearing), float(row.hearing_at)
 
     def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:
-        contacts = tables.contacts
-        query = _devices().where(contacts.c.change > since)
-        if limit is not None:
-            last = _end_of_page(since, limit)
-            query = query.where(contacts.c.change <= func.coalesce(last.scalar_subquery(), _END))
+        query = _CHANGED if limit is None else _CHANGED_PAGE
+        page = {} if limit is None else {"offset": limit - 1}
         with reading(self._engine) as connection:
-            rows = connection.execute(query.order_by(contacts.c.change, contacts.c.device))
+            rows = connection.execute(query, {"since": since, **page})
             return [_device_row(row) for row in rows]
 
     def device(self, device: str) -> DeviceRow | None:
         with reading(self._engine) as connection:
-            query = _devices().where(tables.contacts.c.device == device)
-            row = connection.execute(query).first()
+            row = connection.execute(_DEVICE, {"device": device}).first()
         return None if row is None else _device_row(row)
 
     def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
-        table = tables.health
-        query = select(table).order_by(table.c.batch, table.c.place)
         with reading(self._engine) as connection:
-            rows = connection.execute(query.where(table.c.batch > batch).limit(limit + 1)).all()
+            rows = connection.execute(_HEALTH_SINCE, {"since": batch, "most": limit + 1}).all()
             if len(rows) > limit:
                 last = rows[-1].batch  # perhaps cut in two: give it whole, or next time
                 if rows[0].batch == last:
-                    rows = connection.execute(query.where(table.c.batch == last)).all()
+                    rows = connection.execute(_HEALTH_OF, {"batch": last}).all()
                 else:
                     rows = [row for row in rows if row.batch < last]
         return [_health_row(row) for row in rows]
@@ -192,15 +225,11 @@ class Store:
 
 
 def _take_turn(connection: Connection, *, probe: bool, now: float) -> _Turn:
-    table = tables.state
-    number = connection.execute(
-        update(table).values(batch=table.c.batch + 1).returning(table.c.batch)
-    ).scalar_one()
-    clock, at = connection.execute(select(table.c.hearing, table.c.hearing_at)).one()
+    number, clock, at = connection.execute(_NEXT).one()
     if probe:
         gap = now - at
         clock += gap if 0 < gap <= HEARING_GAP else 0.0
-        connection.execute(update(table).values(hearing=clock, hearing_at=max(now, at)))
+        connection.execute(_HEARD, {"clock": clock, "at": max(now, at)})
     return _Turn(int(number), float(clock))
 
 
@@ -282,23 +311,6 @@ def _save(
     bulk.upsert(connection, tables.rollups, rollup_rows(changes), added=sums)
     counts = [(reason, n, now) for reason, n in sorted(refused(changes, batch).items())]
     bulk.upsert(connection, tables.refusals, counts, added=("n",))
-
-
-def _end_of_page(since: int, limit: int) -> Select[Any]:
-    """The change with which a page of about `limit` rows ends; a change is never cut in two."""
-    change = tables.contacts.c.change
-    return select(change).where(change > since).order_by(change).offset(limit - 1).limit(1)
-
-
-def _devices() -> Select[Any]:
-    """The last word of devices, in the order in which `_device_row` takes it apart."""
-    heard, said = tables.contacts.c, tables.reports.c
-    return select(
-        heard.device, heard.change, heard.last_contact, heard.heard_clock, heard.online,
-        heard.sleeping_until, heard.boot, heard.boot_count, said.reported_at, said.state,
-        said.reason, said.blocked_by, said.attempt, said.term, said.generation, said.components,
-        said.history, said.log,
-    ).outerjoin_from(tables.contacts, tables.reports, heard.device == said.device)  # fmt: skip
 
 
 def _device_row(row: Any) -> DeviceRow:

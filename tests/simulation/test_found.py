@@ -179,3 +179,41 @@ def test_what_was_withheld_leaves_when_its_hold_is_lifted(world: World) -> None:
     world.run(20)
     assert {sent.device for sent in world.wire.sent[told:]} == set(world.devices)
     assert world.check() == []
+
+
+def test_a_hold_beside_a_broken_rollout_is_in_force(world: World) -> None:
+    """Who writes a hold by hand in a hurry breaks the rollout in the same commit."""
+    publish(world, "2")
+    world.run(9)
+    text = texts.hold(HOLD, "2", texts.digest_of("2"), to="previous", at="2027-01-15T08:00:00Z")
+    world.commit({f"holds/{HOLD}.yaml": text, "cars.yaml": "kind: [unfinished\n"})
+    world.run(60)
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("1")}
+    assert world.check() == []
+
+
+def test_a_hold_on_a_release_that_is_removed_rejects_its_artifacts(world: World) -> None:
+    publish(world, "2")
+    world.run(9)
+    text = texts.hold(HOLD, "2", texts.digest_of("2"), to="previous", at="2027-01-15T08:00:00Z")
+    cars = texts.rollout("1", STEPS, {"silentAfter": "20s"})
+    world.commit({f"holds/{HOLD}.yaml": text, "2.yaml": None, "cars.yaml": cars})
+    world.run(60)
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("1")}
+    assert world.check() == []
+
+
+def test_a_hold_of_which_nothing_is_known_is_completed_later(world: World) -> None:
+    """It names a rollout that no commit has shown yet."""
+    text = texts.hold(HOLD, "2", texts.digest_of("2"), to="previous", at="2027-01-15T08:00:00Z")
+    world.commit({f"holds/{HOLD}.yaml": text, "cars.yaml": "kind: [unfinished\n"})
+    world.run(6)
+    publish(world, "2")
+    world.run(40)
+    assert texts.artifact("2") not in {d.disk.active["app"] for d in world.devices.values()}
+    with reading(world.databases.control) as conn:
+        row = conn.execute(select(holds)).one()
+    assert (row.fleet, row.artifacts) == ("cars", [texts.artifact("2")])
+    assert world.check() == []
