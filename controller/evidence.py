@@ -1,9 +1,9 @@
 """Keeps the evidence of every active rollout: feeds telemetry into the ledgers as it arrives.
 
 A ledger is a pure fold over health rows (`telemetry.evidence.ledger`); this file only reads new
-batches, remembers where it stands, and tells the ledgers who is enrolled. After a restart it reads
-the kept rows again: the fold's answer depends on the rows alone, and on who was enrolled when. A
-member's row tells that of today; who was a control before, its draws tell.
+batches, once for all ledgers, remembers where each stands, and tells the ledgers who is enrolled.
+After a restart it reads the kept rows again: the fold's answer depends on the rows alone, and on
+who was enrolled when. A member's row tells that of today; who was a control before, its draws tell.
 """
 
 from __future__ import annotations
@@ -25,19 +25,25 @@ class Evidence:
         self._rollouts: dict[str, Rollout] = {}
         self.watermark = 0  # until the first `open` or `read`
 
-    def open(
+    def open(self, rollout: Rollout, pinned: Pinned, members: Iterable[Member]) -> None:
+        """Start the ledger of a rollout; rows from before it are the devices' own baselines."""
+        self.watermark = max(self.watermark, self._reader.watermark())
+        self.resume(rollout, pinned, members, ())
+        self._catch_up([rollout.id], None, self.watermark)
+
+    def resume(
         self,
         rollout: Rollout,
         pinned: Pinned,
         members: Iterable[Member],
-        draws: Sequence[Draw] = (),
+        draws: Sequence[Draw],
     ) -> None:
-        """Start the ledger of a rollout; rows from before it are the devices' own baselines.
+        """Start the ledger of a rollout that began before we did: `read` brings it everything.
 
-        `draws`, the oldest first: of a rollout that began before we did.
+        `draws`, the oldest first.
         """
-        self.watermark = max(self.watermark, self._reader.watermark())
         self._ledgers[rollout.id] = Ledger(pinned.policy.judged)
+        self._read_to[rollout.id] = 0
         self._rollouts[rollout.id] = rollout
         serving = _serving(draws)
         for member in members:
@@ -45,7 +51,6 @@ class Evidence:
             for was in _lives(member, serving.get(member.device, ())):
                 self.member(rollout.id, before, was)
                 before = was
-        self._catch_up(rollout.id, 0, None, self.watermark)
 
     def close(self, rollout: str) -> None:
         for table in (self._ledgers, self._read_to, self._rollouts):
@@ -71,30 +76,38 @@ class Evidence:
         ledger.enrol(self._enrolment(rollout, after))
 
     def read(self, most: int | None = None) -> bool:
-        """Take in what was committed since the last time; about `most` messages of each rollout.
+        """Take in what was committed since the last time; about `most` messages.
 
         Answers whether all was read; the watermark is as far as every ledger has read.
         """
         newest = self._reader.watermark()
-        for rollout, read_to in list(self._read_to.items()):
-            if read_to < newest:
-                self._catch_up(rollout, read_to, most, newest)
+        self._catch_up(list(self._ledgers), most, newest)
         self.watermark = min(self._read_to.values(), default=newest)
         return self.watermark >= newest
 
     def observations(self) -> Mapping[str, Observations]:
         return {rollout: ledger.snapshot() for rollout, ledger in self._ledgers.items()}
 
-    def _catch_up(self, rollout: str, read_to: int, most: int | None, newest: int) -> None:
+    def _catch_up(self, rollouts: Sequence[str], most: int | None, newest: int) -> None:
+        """Read from where the last of these ledgers stands; who is ahead waits for it."""
         page = {} if most is None else {"limit": most}
-        while rows := self._reader.health_since(read_to, **page):
-            self._ledgers[rollout].add(rows)
-            read_to = _last_batch(rows)
+        position = min((self._read_to[name] for name in rollouts), default=newest)
+        while position < newest:
+            rows = self._reader.health_since(position, **page)
+            position = _last_batch(rows) if rows else newest
+            for name in rollouts:
+                self._take(name, rows, position)
             if most is not None and len(rows) >= most // 2:
                 break  # perhaps there is more
-        else:
-            read_to = max(read_to, newest)
-        self._read_to[rollout] = read_to
+
+    def _take(self, rollout: str, rows: Sequence[HealthRow], position: int) -> None:
+        known = self._read_to[rollout]
+        if known < position:
+            new = (
+                rows if not rows or rows[0].batch > known else [r for r in rows if r.batch > known]
+            )
+            self._ledgers[rollout].add(new)
+            self._read_to[rollout] = position
 
     def _enrolment(self, rollout: str, member: Member) -> Enrolment:
         exposed = member.arm is Arm.EXPOSED
@@ -141,5 +154,5 @@ def _lives(member: Member, served: Iterable[tuple[int, float, int | None]]) -> I
     yield member
 
 
-def _last_batch(rows: Iterable[HealthRow]) -> int:
-    return max(row.batch for row in rows)
+def _last_batch(rows: Sequence[HealthRow]) -> int:
+    return rows[-1].batch  # they come in the order of their batches

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 LATELY = 3600.0  # seconds: a device out of contact for longer is off
 CROWD = 5  # devices: fewer tell nothing about the road to them
 HEED = 30.0  # seconds after which a report of an older order means that ours was not received
-PAGE = 2_000  # rows of devices read in one turn, about; and messages of health
+PAGE = 1_000  # rows of devices read in one turn, about; and messages of health
 
 
 @dataclass(slots=True)
@@ -52,8 +52,11 @@ class Listening:
         self._resent: dict[str, float] = {}
         self._complained = False
 
-    def listen(self, world: Callable[[], World], now: float) -> Heard:
-        """Take in telemetry, a page of it: what is left is read in the next turn."""
+    def listen(self, world: Callable[[], World], now: float, rung: Callable[[], bool]) -> Heard:
+        """Take in telemetry, a page of it: what is left is read in the next turn.
+
+        `rung`: does somebody wait for the end of this turn? Then the evidence is left, too.
+        """
         found = Heard()
         was_blind, page = self.blind, None if self.blind else PAGE
         try:
@@ -72,7 +75,7 @@ class Listening:
             self.ears.hear(
                 heard, self._last_word, now, quiet=self._quiet(world()), crowd=self._crowd
             )
-            whole = self.evidence.read(page)
+            whole = (page is None or not rung()) and self.evidence.read(page)
             self.more = not whole or (page is not None and len(rows) >= page)
         except (SQLAlchemyError, OSError) as error:
             if not (was_blind and self._complained):
@@ -94,7 +97,7 @@ class Listening:
                 memory, name = self._memory, rollout.id
                 members = memory.members.get(name, {}).values()
                 draws = memory.draws.get(name, ())
-                self.evidence.open(rollout, memory.pinned[name], members, draws)
+                self.evidence.resume(rollout, memory.pinned[name], members, draws)
 
     def _quiet(self, world: World) -> float:
         """Seconds without any contact that are worth a question."""

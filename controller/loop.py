@@ -57,6 +57,8 @@ class Ports:
     heads: Heads
     broker: Broker
     entropy: Callable[[int], bytes] = secrets.token_bytes
+    # Has somebody asked for something since this turn began? Then what can wait is left for later.
+    rung: Callable[[], bool] = lambda: False
 
 
 class Loop:
@@ -82,7 +84,7 @@ class Loop:
             self._rollcall.pass_time(self._world(), now)
             taken = self._decide(now)
             for _ in range(PARTS):
-                if not self._dispatch:
+                if not self._dispatch or self._ports.rung():
                     break
                 self._compose(now)
         except BaseException:
@@ -134,7 +136,7 @@ class Loop:
         wanted, self._head = head is not self._head, head
         asked, self._asked = self._asked, head is not None and head.asked
         was_blind = self._listening.blind
-        if wants and not self._first and not was_blind:
+        if (wants or self._ports.rung()) and not self._first and not was_blind:
             self._more = True
         else:
             self._listen(now)
@@ -146,8 +148,8 @@ class Loop:
             self._rollcall.people(self._world(), now)
         memory, touch = self._memory, self._recording.touch
         waited = holdout.ended(memory.rollouts.values(), memory.pinned, self._observed, now)
-        if waited:
-            touch((d.id for d in memory.devices.values() if d.fleet in waited), now)
+        for fleet in sorted(waited):
+            touch(memory.of_fleet(fleet), now)
         touch(self._dispatch.due(now), now)
         self._observed = now
 
@@ -171,7 +173,7 @@ class Loop:
         return True
 
     def _listen(self, now: float) -> None:
-        heard = self._listening.listen(self._world, now)
+        heard = self._listening.listen(self._world, now, self._ports.rung)
         self._more = self._listening.more
         if self._listening.blind:
             self._scores.of.clear()

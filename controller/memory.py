@@ -6,7 +6,7 @@ write (registry, commands, holds, stops, rules) is read again in every turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
@@ -57,6 +57,7 @@ class Memory:
         self.rules: dict[str, dict[str, int]] = {}
         self.granted: dict[str, str] = {}
         self.rejected: frozenset[str] = frozenset()
+        self._fleets: dict[str, dict[str, None]] = {}  # fleet → its devices
         self._registry = 0
 
     @property
@@ -79,7 +80,12 @@ class Memory:
             known = self.rollouts.get(rollout)
             if known is not None and known.revision != revision:  # the API recorded a command
                 self.rollouts[rollout] = replace(known, revision=revision)
-        self.devices.update((device.id, device) for device in changed)
+        for device in changed:
+            before = self.devices.get(device.id)
+            if before is not None and before.fleet != device.fleet:
+                del self._fleets[before.fleet][device.id]
+            self._fleets.setdefault(device.fleet, {})[device.id] = None
+            self.devices[device.id] = device
         return changed
 
     def read_holds(self, conn: Connection) -> None:
@@ -90,18 +96,22 @@ class Memory:
         self.documents.update(documents)
         self.catalog = desired.Catalog(releases=self.documents)
 
-    def of_fleet(self, fleet: str) -> Iterator[str]:
-        return (d.id for d in self.devices.values() if d.fleet == fleet)
+    def of_fleet(self, fleet: str) -> Collection[str]:
+        return self._fleets.get(fleet, {}).keys()
 
     def concerned(self, before: Sequence[ActiveHold], seen: Mapping[str, DeviceRow]) -> list[str]:
-        """Devices that a new hold may send elsewhere, and the fleets of holds that were lifted."""
-        lifted = {hold.fleet for hold in before if hold not in self.holds}
-        new = {digest for hold in self.holds if hold not in before for digest in hold.artifacts}
-        return [
-            name
-            for name, device in self.devices.items()
-            if device.fleet in lifted or (new and self._has(name, seen.get(name), new))
-        ]
+        """Devices that a new hold may send elsewhere, and the fleets of holds that were lifted.
+
+        A hold is of one fleet: the others are not looked at, whatever they run.
+        """
+        found = [d for h in before if h not in self.holds for d in self.of_fleet(h.fleet)]
+        new: dict[str, set[str]] = {}
+        for hold in self.holds:
+            if hold not in before:
+                new.setdefault(hold.fleet, set()).update(hold.artifacts)
+        for fleet, digests in new.items():
+            found += [d for d in self.of_fleet(fleet) if self._has(d, seen.get(d), digests)]
+        return found
 
     def _has(self, device: str, row: DeviceRow | None, digests: set[str]) -> bool:
         """Does this device run, or was it told, one of these?"""

@@ -124,7 +124,7 @@ class Recording:
     def _baseline(self, conn: Connection, fleet: str, baseline: Mapping[str, str]) -> None:
         """What a fleet calls proven before any rollout has completed."""
         memory = self._memory
-        kinds = {d.hardware for d in memory.devices.values() if d.fleet == fleet} | {""}
+        kinds = {memory.devices[d].hardware for d in memory.of_fleet(fleet)} | {""}
         for component, name in baseline.items():
             release = memory.documents.get(name)
             artifact = release.components.get(component) if release else None

@@ -36,14 +36,14 @@ class Scores:
             return False
         devices = self._memory.devices
         # Quintiles are of this fleet: another fleet's devices must not move its bands.
-        ours = {name for name, d in devices.items() if d.fleet == fleet}
+        ours = set(self._memory.of_fleet(fleet))
         result = score([day.of(ours) for day in self._days.read(spec, now)], spec)
         quintiles = bands(result)
         values: dict[str, tuple[float | None, int]] = {
             name: (None if value != value else float(value), int(band))
             for name, value, band in zip(result.devices, result.value, quintiles, strict=True)
         }
-        fleet_size = sum(d.fleet == fleet and d.governed for d in devices.values())
+        fleet_size = sum(devices[name].governed for name in ours)
         with_score = sum(value is not None for value, _ in values.values())
         self.of[fleet] = Scored(
             at=now,

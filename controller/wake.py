@@ -44,6 +44,10 @@ class Bell:
                 pass
         return True
 
+    def rung(self) -> bool:
+        """Has somebody poked, and waits to be heard? Takes nothing: the next `wait` hears it."""
+        return bool(select.select([self._socket], [], [], 0.0)[0])
+
     def close(self) -> None:
         self._socket.close()
         self._file.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -60,8 +61,7 @@ class DeviceRow:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
+class Level(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """n, sum and sum of squares of one gauge's samples in one message."""
 
     n: int
@@ -69,9 +69,8 @@ class Level:
     squares: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HealthRow:
-    """One accepted, counted-once health message."""
+class HealthRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One accepted, counted-once health message. (A struct: ten thousand of them come a second.)"""
 
     batch: int  # the watermark this message belongs to
     device: str
@@ -164,7 +163,7 @@ class TelemetryReader(Protocol):
     def device(self, device: str) -> DeviceRow | None: ...
 
     def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
-        """Messages of batches > `batch`, whole batches, at most about `limit` rows."""
+        """Messages of batches > `batch`, in order, whole batches, at most about `limit` rows."""
         ...
 
     def totals(self, *, since: float, until: float) -> Totals:

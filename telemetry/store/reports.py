@@ -14,6 +14,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import msgspec
@@ -47,15 +48,14 @@ HEARING_GAP = 5.0  # seconds between two probes that still count as heard withou
 _END = 1 << 62  # after every change
 _MANY = 8_192  # keys in one IN list
 
-_components = msgspec.json.Decoder(dict[str, ComponentReport])
-_history = msgspec.json.Decoder(tuple[HistoryEntry, ...])
-_texts = msgspec.json.Decoder(tuple[str, ...])
+# Most devices say the same: one text is decoded once, and its value shared.
+_components = lru_cache(4096)(msgspec.json.Decoder(dict[str, ComponentReport]).decode)
+_history = lru_cache(4096)(msgspec.json.Decoder(tuple[HistoryEntry, ...]).decode)
+_texts = lru_cache(4096)(msgspec.json.Decoder(tuple[str, ...]).decode)
+_digests = lru_cache(4096)(msgspec.json.Decoder(dict[str, str]).decode)
+_measured = msgspec.json.Decoder(tuple[dict[str, Level], dict[str, int], dict[str, float]]).decode
 _STATES = {state.value: state for state in State}
 _KINDS = {kind.value: kind for kind in Kind}
-_digests = msgspec.json.Decoder(dict[str, str])
-_measured = msgspec.json.Decoder(
-    tuple[dict[str, tuple[int, float, float]], dict[str, int], dict[str, float]]
-)
 
 
 # The rows are at fault, not the database: trying again cannot help. Bulk rows go past SQLAlchemy,
@@ -94,6 +94,15 @@ def _end_of_page() -> Select[Any]:
     return page.offset(bindparam("offset")).limit(1)
 
 
+def _messages() -> Select[Any]:
+    """Messages of health, in the order in which `_health_row` takes one apart."""
+    said = tables.health.c
+    return select(
+        said.batch, said.device, said.received_at, said.boot, said.seq, said.attempt,
+        said.components, said.t0, said.seconds, said.measured,
+    )  # fmt: skip
+
+
 _CONTACTS, _HEALTH = tables.contacts.c, tables.health
 _STATE = select(tables.state)
 _NEXT = (
@@ -111,7 +120,7 @@ _CHANGED = (
 _CHANGED_PAGE = _CHANGED.where(
     _CONTACTS.change <= func.coalesce(_end_of_page().scalar_subquery(), _END)
 )
-_IN_ORDER = select(_HEALTH).order_by(_HEALTH.c.batch, _HEALTH.c.place)
+_IN_ORDER = _messages().order_by(_HEALTH.c.batch, _HEALTH.c.place)
 _HEALTH_SINCE = _IN_ORDER.where(_HEALTH.c.batch > bindparam("since")).limit(bindparam("most"))
 _HEALTH_OF = _IN_ORDER.where(_HEALTH.c.batch == bindparam("batch"))
 
@@ -181,23 +190,23 @@ class Store:
         query = _CHANGED if limit is None else _CHANGED_PAGE
         page = {} if limit is None else {"offset": limit - 1}
         with reading(self._engine) as connection:
-            rows = connection.execute(query, {"since": since, **page})
-            return [_device_row(row) for row in rows]
+            rows = _plain(connection, query, since=since, **page)
+        return [_device_row(row) for row in rows]
 
     def device(self, device: str) -> DeviceRow | None:
         with reading(self._engine) as connection:
-            row = connection.execute(_DEVICE, {"device": device}).first()
-        return None if row is None else _device_row(row)
+            rows = _plain(connection, _DEVICE, device=device)
+        return _device_row(rows[0]) if rows else None
 
     def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
         with reading(self._engine) as connection:
-            rows = connection.execute(_HEALTH_SINCE, {"since": batch, "most": limit + 1}).all()
+            rows = _plain(connection, _HEALTH_SINCE, since=batch, most=limit + 1)
             if len(rows) > limit:
-                last = rows[-1].batch  # perhaps cut in two: give it whole, or next time
-                if rows[0].batch == last:
-                    rows = connection.execute(_HEALTH_OF, {"batch": last}).all()
+                last = rows[-1][0]  # perhaps cut in two: give it whole, or next time
+                if rows[0][0] == last:
+                    rows = _plain(connection, _HEALTH_OF, batch=last)
                 else:
-                    rows = [row for row in rows if row.batch < last]
+                    rows = [row for row in rows if row[0] < last]
         return [_health_row(row) for row in rows]
 
     def totals(self, *, since: float, until: float) -> Totals:
@@ -313,7 +322,13 @@ def _save(
     bulk.upsert(connection, tables.refusals, counts, added=("n",))
 
 
-def _device_row(row: Any) -> DeviceRow:
+def _plain(connection: Connection, query: Select[Any], **asked: Any) -> list[tuple[Any, ...]]:
+    """The driver's own rows: SQLAlchemy's cost more than the query."""
+    cursor: Any = connection.execute(query, asked).cursor
+    return cast(list[tuple[Any, ...]], cursor.fetchall())
+
+
+def _device_row(row: tuple[Any, ...]) -> DeviceRow:
     # By place, not by name: a start reads a row of every device.
     (device, change, last_contact, heard_clock, online, sleeping_until, boot, boot_count,
      reported_at, state, reason, blocked_by, attempt, term, generation, components, history,
@@ -324,39 +339,37 @@ def _device_row(row: Any) -> DeviceRow:
         change=change,
         last_contact=last_contact,
         heard_clock=heard_clock,
-        online=online,
+        online=bool(online),
         sleeping_until=sleeping_until,
         boot=boot,
         boot_count=boot_count,
         reported_at=reported_at,
         state=None if never else _STATES[state],
         reason=reason,
-        blocked_by=() if never or blocked_by == "[]" else _texts.decode(blocked_by),
+        blocked_by=() if never else _texts(blocked_by),
         attempt=attempt,
         term=0 if never else term,
         generation=0 if never else generation,
-        components={} if never else _components.decode(components),
-        history=() if never else _history.decode(history),
+        components={} if never else _components(components),
+        history=() if never else _history(history),
         log="" if never else log,
     )
 
 
-def _health_row(row: Any) -> HealthRow:
-    levels, counters, exposure = _measured.decode(row.measured)
+def _health_row(row: tuple[Any, ...]) -> HealthRow:
+    batch, device, received_at, boot, seq, attempt, components, t0, seconds, measured = row
+    levels, counters, exposure = _measured(measured)
     return HealthRow(
-        batch=row.batch,
-        device=row.device,
-        received_at=row.received_at,
-        boot=row.boot,
-        seq=row.seq,
-        attempt=row.attempt,
-        components=_digests.decode(row.components),
-        t0=row.t0,
-        seconds=row.seconds,
-        levels={
-            name: Level(n=n, total=total, squares=squares)
-            for name, (n, total, squares) in levels.items()
-        },
+        batch=batch,
+        device=device,
+        received_at=received_at,
+        boot=boot,
+        seq=seq,
+        attempt=attempt,
+        components=_digests(components),
+        t0=t0,
+        seconds=seconds,
+        levels=levels,
         counters=counters,
         exposure=exposure,
     )

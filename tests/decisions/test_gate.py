@@ -7,6 +7,7 @@ import math
 import random
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -396,7 +397,9 @@ def test_merge_of_shards_is_everything_at_once() -> None:
 def test_a_lying_clock_cannot_place_evidence_before_the_enrolment() -> None:
     ledger = Ledger(DRIVING, tick=60)
     ledger.enrol(exposed("a", since=1e9))
-    lying = replace(row("a", 1e9 + 60, events=1, attempt="a1", digest="new"), t0=1e9 - 500_000)
+    lying = msgspec.structs.replace(
+        row("a", 1e9 + 60, events=1, attempt="a1", digest="new"), t0=1e9 - 500_000
+    )
     ledger.enrol(control("b", since=1e9))
     ledger.add([lying, row("b", 1e9 + 10)])
     (first,) = ledger.snapshot().metric("disengagement").firsts

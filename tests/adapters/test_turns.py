@@ -1,0 +1,135 @@
+"""A turn of the loop makes room for whoever rings, and reads telemetry once for everybody."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller import wake
+from controller.loop import Loop
+from telemetry.report import HealthRow
+
+_SPEC = importlib.util.spec_from_file_location(
+    "loop_story", Path(__file__).with_name("test_loop.py")
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+loop = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(loop)
+
+SOAKING = [{"cohort": "canary", "soak": "1h"}, {"cohort": "general"}]
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Any:
+    """Two fleets, each soaking on app-2; `rings` says whether somebody has poked."""
+    cars = loop.Story(tmp_path)
+    cars.rings = False
+    cars.start()
+    cars.loop = Loop(replace(cars.loop._ports, rung=lambda: cars.rings), cars.loop._issuer)
+    for i in range(30):
+        cars.enrol(f"car-{i:02}", model="m3", ring="canary")
+        cars.enrol(f"van-{i:02}", fleet="vans", model="v1", ring="canary")
+        for name in (f"car-{i:02}", f"van-{i:02}"):
+            cars.world.join(name, {"app": ("app-1", loop.DIGESTS["1"])})
+    documents = [text for text in loop.base() if '"kind": "Fleet"' not in text]
+    vans = loop.fleet().replace('"name": "cars"', '"name": "vans"').replace("m3", "v1")
+    rival = loop.rollout("cars", "app-2", steps=SOAKING)
+    other = rival.replace('"name": "cars"', '"name": "vans"').replace(
+        '"fleet": "cars"', '"fleet": "vans"'
+    )
+    cars.commit(*documents, loop.fleet(), vans, rival, other)
+    cars.run(4)
+    assert cars.rollout("cars").state == cars.rollout("vans").state == "Soaking"
+    return cars
+
+
+def say(story: Any, name: str) -> None:
+    story.world.batch += 1
+    story.world.health.append(
+        HealthRow(
+            batch=story.world.batch, device=name, received_at=story.world.now, boot="b", seq=1,
+            attempt=None, components={}, t0=story.world.now - 1, seconds=1.0, counters={},
+            exposure={}, levels={},
+        )
+    )  # fmt: skip
+
+
+def test_a_hold_touches_no_device_of_another_fleet(story: Any) -> None:
+    """Both fleets run the same artifact; the hold is of one of them."""
+    composed: list[str] = []
+    compose = story.loop._dispatch.compose
+
+    def listened(*args: Any, **named: Any) -> Any:
+        part = compose(*args, **named)
+        composed.extend(part.devices)
+        return part
+
+    story.loop._dispatch.compose = listened
+    story.command("rollback", "cars")
+    story.loop.tick(story.world.now + 1)
+    assert composed
+    assert {name[:3] for name in composed} == {"car"}
+    story.run(3)
+    assert story.rollout("cars").state == "RolledBack"
+    assert story.rollout("vans").state == "Soaking"
+
+
+def test_while_somebody_rings_telemetry_waits_and_is_read_later(story: Any) -> None:
+    say(story, "van-01")
+    story.rings = True
+    before = story.loop._listening.evidence.watermark
+    story.loop.tick(story.world.now + 1)
+    assert story.loop._listening.evidence.watermark == before < story.world.batch
+    assert story.loop.behind
+    story.rings = False
+    story.loop.tick(story.world.now + 2)
+    assert story.loop._listening.evidence.watermark == story.world.batch
+    assert not story.loop.behind
+
+
+def test_orders_go_out_although_somebody_rings_all_the_time(story: Any) -> None:
+    story.command("rollback", "cars")
+    story.rings = True
+    for _ in range(5):
+        story.world.now += 1
+        story.loop.tick(story.world.now)
+    kinds = {d: [o.kind for o in orders] for d, orders in story.world.orders.items()}
+    back = [d for d, known in kinds.items() if "rollback" in known]
+    assert back
+    assert all(d.startswith("car") for d in back)
+    assert len(back) == sum("install" in known for d, known in kinds.items() if d < "d")
+
+
+def test_two_rollouts_share_one_reading_of_the_messages(story: Any) -> None:
+    asked: list[int] = []
+    read = story.world.health_since
+
+    def counted(batch: int, **page: int) -> Any:
+        asked.append(batch)
+        return read(batch, **page)
+
+    story.world.health_since = counted
+    say(story, "car-01")
+    say(story, "van-01")
+    story.loop.tick(story.world.now + 1)
+    assert len(asked) == len(set(asked)) > 0
+    for observed in story.loop._listening.evidence.observations():
+        assert story.loop._listening.evidence._read_to[observed] == story.world.batch
+
+
+def test_a_bell_says_that_it_was_rung_until_it_is_heard(tmp_path: Path) -> None:
+    bell = wake.Bell(tmp_path)
+    try:
+        assert not bell.rung()
+        wake.poke(tmp_path)
+        assert bell.rung()
+        assert bell.rung()
+        assert bell.wait(5.0)
+        assert not bell.rung()
+    finally:
+        bell.close()
