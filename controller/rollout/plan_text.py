@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from controller.rollout.plan import Effect, Plan, Planned, PlannedStep, effects
+from controller.rollout.plan import Effect, Plan, Planned, effects
+from controller.rollout.planned_steps import PlannedStep
 from controller.rollout.power import SURE
 from telemetry.policy import UPDATE_OK
 
