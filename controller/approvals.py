@@ -2,9 +2,11 @@
 
 Rules, in order:
 
-1. A vote names the digest of what its person saw; another digest is 412.
+1. A vote names the digest of what its person saw; another digest is 412. Of a start that is its
+   plan: the release, to whom, in which steps and windows, behind which gates.
 2. Nobody approves their own, and one person's votes are one.
-3. What has moved on since it was asked for is void; so is what waited for longer than a day.
+3. What has moved on since it was asked for is void; so is what waited for longer than a day, and a
+   start of which the fleet has a tenth more or fewer devices by now. A start that waits asks anew.
 4. Break-glass grants at once, by one person with that right and a reason. It skips the waiting and
    nothing else: gates, holds, windows, device safety stay as they are. It is audited, and told.
 5. A grant and what follows from it are one transaction.
@@ -13,7 +15,7 @@ Rules, in order:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row
@@ -52,13 +54,15 @@ def vote(
         if void:
             store.decide(conn, row.id, "void", void, now)
             _note(conn, row, actor, "approval.void", now, {"why": void})
-            outcome = Voted(id=row.id, state="void", sentence=f"void: {void}")
+            outcome = Voted(
+                id=row.id, state="void", sentence=f"void: {void}; {_anew(conn, row, now)}"
+            )
         elif reject:
             outcome = _rejected(conn, row, actor, reason, now)
         else:
             outcome = _approved(conn, row, actor, reason, now, break_glass)
     if void:
-        raise Refused(409, f"approval {row.id} is void: {void}; ask again")
+        raise Refused(409, f"approval {row.id} is {outcome.sentence}")
     return outcome
 
 
@@ -83,8 +87,13 @@ def _void(conn: Connection, row: Row[Any], now: float) -> str:
         return "it waited for longer than a day"
     if row.kind in ("start", "recall"):
         about = commands.found(conn, row.rollout)
-        if "awaits" not in about["flags"] or about["state"] not in ("Pending", "Paused"):
+        if not _waits(about):
             return f"the rollout is {about['state']}"
+        if approval.digest({**about["pinned"], "name": about["name"]}) != row.digest:
+            return "its plan has changed"
+        now_in, then = store.active_devices(conn, row.fleet), row.seen.get("devices")
+        if approval.outgrown(then, now_in):
+            return f"{row.fleet} has {now_in} devices now, it had {then} when it was asked for"
     elif row.kind in commands.RULED:
         if (
             approval.digest(commands.seen(conn, row.kind, row.rollout, row.seen["body"]))
@@ -144,18 +153,41 @@ def _rejected(conn: Connection, row: Row[Any], actor: str, reason: str, now: flo
 
 def ask_for_start(conn: Connection, rollout: Rollout, now: float) -> None:
     """A rollout that opened Pending asks for its people; in the transaction of its opening."""
-    awaits = rollout.flags["awaits"]
-    store.ask(
+    _ask(conn, asdict(rollout), now)
+
+
+def _anew(conn: Connection, row: Row[Any], now: float) -> str:
+    """What a person can do about what is void. A start that still waits asks again at once."""
+    if row.kind not in ("start", "recall"):
+        return "ask again"
+    about = commands.found(conn, row.rollout)
+    if not _waits(about):
+        return "nothing of it waits any more"
+    name, _ = _ask(conn, about, now)
+    return f"look again, then approve {name}"
+
+
+def _waits(about: Mapping[str, Any]) -> bool:
+    return "awaits" in about["flags"] and about["state"] in ("Pending", "Paused")
+
+
+def _ask(conn: Connection, about: Mapping[str, Any], now: float) -> tuple[str, str]:
+    """`about`: the rollout, as its row has it."""
+    awaits = about["flags"]["awaits"]
+    return store.ask(
         conn,
         kind=awaits["kind"],
-        fleet=rollout.fleet,
-        rollout=rollout.id,
-        seen={**rollout.pinned, "name": rollout.name},
-        proposer=rollout.author or awaits["proposer"] or "unknown author",
-        reason=f"commit {rollout.commit[:7]}",
+        fleet=about["fleet"],
+        rollout=about["id"],
+        seen={
+            **about["pinned"], "name": about["name"],
+            "devices": store.active_devices(conn, about["fleet"]),
+        },
+        proposer=about["author"] or awaits["proposer"] or "unknown author",
+        reason=f"commit {about['commit'][:7]}",
         needs=awaits["needs"],
         now=now,
-    )
+    )  # fmt: skip
 
 
 def take_rules(

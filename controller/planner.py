@@ -21,6 +21,7 @@ from controller.rollout.plan import Commit, Plan, assumed, plan
 from controller.rollout.power import History, history
 from controller.rollout.waves import Pinned
 from controller.rollout.world import Head, Scored, World
+from controller.store import approvals
 from controller.store import rollouts as store
 from telemetry.report import TelemetryReader, Totals
 from telemetry.score import bands, score
@@ -96,6 +97,7 @@ def _world(
         rejected=rejected,
         stops=store.load_stops(conn),
         commands=(),
+        rules=approvals.load_rules(conn),
         proven=store.load_proven(conn),
         catalog=Catalog(releases=known),
         scores=_scores(head, devices, reader, now),

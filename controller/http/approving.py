@@ -44,35 +44,36 @@ def listed(
             fleet=fleet,
         )
         voted = rows.voters(conn, [row.id for row in found])
-    items = [_plain(row, voted[row.id]) for row in found]
+    items = [told(row, voted[row.id]) for row in found]
     return page(items, limit, items[-1]["id"] if items else "")
 
 
 @router.get("/approvals/{approval}", **says(answers.ApprovalAnswer))
 def one(approval: str, deps: Given, who: Viewer) -> Plain:
     """By id, or what waits for a rollout of this id or name. Its `digest` is what a vote names."""
-    row = _visible(deps, approval, who)
+    row = visible(deps, approval, who)
     with reading(deps.engine) as conn:
-        return _plain(row, rows.voters(conn, [row.id])[row.id])
+        return told(row, rows.voters(conn, [row.id])[row.id])
 
 
 @router.post("/approvals/{approval}:approve", **says(answers.Voted))
 def approve(approval: str, body: bodies.Vote, deps: Given, who: Breaker) -> Plain:
     """Yes to exactly what has this digest. Nobody approves their own; break-glass does not wait."""
-    row = _visible(deps, approval, who)
-    _must(who, Right.BREAK_GLASS if body.break_glass else Right.START, row)
-    return _vote(deps, row, body, who, reject=False)
+    row = visible(deps, approval, who)
+    must_vote(who, Right.BREAK_GLASS if body.break_glass else Right.START, row)
+    return cast(deps, row, body, who, reject=False)
 
 
 @router.post("/approvals/{approval}:reject", **says(answers.Voted))
 def reject(approval: str, body: bodies.Vote, deps: Given, who: Starter) -> Plain:
     """No: it is void, and must be asked for again. One person's word, the proposer's too."""
-    row = _visible(deps, approval, who)
-    _must(who, Right.START, row)
-    return _vote(deps, row, body, who, reject=True)
+    row = visible(deps, approval, who)
+    must_vote(who, Right.START, row)
+    return cast(deps, row, body, who, reject=True)
 
 
-def _vote(deps: Deps, row: Row[Any], body: bodies.Vote, who: Principal, *, reject: bool) -> Plain:
+def cast(deps: Deps, row: Row[Any], body: bodies.Vote, who: Principal, *, reject: bool) -> Plain:
+    """The vote, for the API as for the page; raises Refused."""
     voted = approvals.vote(
         deps.engine,
         row.id,
@@ -90,7 +91,8 @@ def _vote(deps: Deps, row: Row[Any], body: bodies.Vote, who: Principal, *, rejec
     return {"id": voted.id, "state": voted.state, "sentence": voted.sentence}
 
 
-def _visible(deps: Deps, approval: str, who: Principal) -> Row[Any]:
+def visible(deps: Deps, approval: str, who: Principal) -> Row[Any]:
+    """The approval of this id, or what waits for this rollout; 404 for whom it does not concern."""
     with reading(deps.engine) as conn:
         row = rows.find(conn, approval)
     if row is None or not (who.sees(row.fleet) if row.fleet else not who.fleets):
@@ -98,14 +100,16 @@ def _visible(deps: Deps, approval: str, who: Principal) -> Row[Any]:
     return row
 
 
-def _must(who: Principal, right: Right, row: Row[Any]) -> None:
+def must_vote(who: Principal, right: Right, row: Row[Any]) -> None:
+    """Raises 403 unless this person has the right where the approval belongs."""
     if row.fleet:
         must(who, right, row.fleet)
     else:
         must_everywhere(who, right, "this concerns all of them")
 
 
-def _plain(row: Row[Any], voted: list[str]) -> Plain:
+def told(row: Row[Any], voted: list[str]) -> Plain:
+    """An approval as the API tells it."""
     return {
         "id": row.id,
         "kind": row.kind,

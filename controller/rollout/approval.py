@@ -23,6 +23,7 @@ from controller.rollout.world import Head, World
 
 Rule = Mapping[str, int]
 KINDS = ("start", "recall", "widen", "lift")
+_DRIFT = 0.10  # of the fleet's devices: so many may come or go while a start waits
 
 
 def rule_of(fleet: Fleet) -> dict[str, int]:
@@ -56,9 +57,25 @@ def needed(
 
 
 def digest(seen: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of what is approved."""
+    """SHA-256 of the canonical JSON of what is approved.
+
+    Of a start this is its plan: what goes to whom (release, fleet, cohorts), in which steps and
+    windows, behind which gates. How many devices that is now is told beside it (`devices`).
+    """
+    seen = {key: value for key, value in seen.items() if key != "devices"}
     text = json.dumps(seen, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + sha256(text.encode()).hexdigest()
+
+
+def outdated(last: Rollout, head: Head) -> bool:
+    """Does a start still wait for its people while another commit is in force?"""
+    waits = last.state is RolloutState.PENDING and "awaits" in last.flags
+    return waits and last.commit != head.commit
+
+
+def outgrown(then: int | None, now: int) -> bool:
+    """Does a start reach so many more devices, or fewer, that nobody has agreed to it?"""
+    return then is not None and abs(now - then) > max(1, _DRIFT * then)
 
 
 def words(awaits: Mapping[str, Any]) -> str:

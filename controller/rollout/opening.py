@@ -6,7 +6,8 @@ Pure. Rules, in order, for each Rollout manifest of the accepted head:
 2. A digest that a hold in force rejects (release or artifact) opens nothing, and says so.
 3. The digest that its newest rollout already has changes nothing, whatever its name or notes say;
    after a hold of that digest was lifted it opens again, at step 0.
-4. A running rollout is superseded, waited for, or wins, by `onNewRelease`.
+4. A running rollout is superseded, waited for, or wins, by `onNewRelease`. One that still waits
+   for its people and whose plan a commit has changed is superseded: nobody has agreed to the new.
 5. `fixes: X` gets a first wave among the devices that ran X.
 6. A digest that a device itself has run in health, and that no hold ever named, goes back to it at
    rollback pace (`git revert`); every other device goes through the steps.
@@ -14,6 +15,7 @@ Pure. Rules, in order, for each Rollout manifest of the accepted head:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,7 +31,7 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
 )
-from controller.rollout.waves import pin
+from controller.rollout.waves import Pinned, pin
 from controller.rollout.world import Action, Change, Decision, Head, Notice, Open, Put, World
 from telemetry.report import DeviceRow
 
@@ -71,22 +73,38 @@ def _one(world: World, head: Head, wanted: kinds.Rollout, now: float) -> Iterato
         return
     urgent = recall.declared(wanted, now)
     faster = urgent and last is not None and last.active and not world.pinned[last.id].recall
-    if last is not None and not faster and not _may_open(world, last, release):
+    plan = functools.partial(_plan, world, fleet, policy, wanted, release, now)
+    again = last is not None and approval.outdated(last, head) and last.pinned != plan().to_json()
+    if last is not None and not (faster or again or _may_open(world, last, release)):
         return
     if wanted.suspend:
         yield Notice(name=wanted.name, sentence=f"{wanted.release} waits: the rollout is suspended")
         return
     if last is not None and last.active:
-        mode = "supersede" if urgent else str(wanted.strategy.on_new_release)
+        # Nobody was told of a start that waits for its people: there is nothing to queue behind.
+        mode = "supersede" if urgent or again else str(wanted.strategy.on_new_release)
         if mode != "supersede":
             verb = "waits for" if mode == "queue" else "is rejected while there is"
             yield Notice(name=wanted.name, sentence=f"{wanted.release} {verb} {last.release}")
             return
-        yield from _supersede(last, wanted.release, now)
+        yield from _supersede(
+            last, f"another plan for {wanted.release}" if again else wanted.release, now
+        )
     if recall.expired(wanted, now):
         sentence = f"the urgency of {wanted.release} has expired: it goes through its normal steps"
         yield Notice(name=wanted.name, sentence=sentence)
-    yield from _open(world, head, wanted, fleet, policy, release, artifacts, now)
+    yield from _open(world, head, wanted, plan(), artifacts, now)
+
+
+def _plan(
+    world: World, fleet: kinds.Fleet, policy: kinds.HealthPolicy, wanted: kinds.Rollout,
+    release: kinds.Release, now: float,
+) -> Pinned:  # fmt: skip
+    """What the rollout would be judged by if it opened now."""
+    urgent = recall.declared(wanted, now)
+    ran = who_ran(world, fleet.name, release.fixes) if release.fixes and not urgent else []
+    fixes = release.fixes if len(ran) >= FEWEST else None
+    return pin(wanted, fleet, policy, release, fixes=fixes, urgent=urgent)
 
 
 def newest(world: World, name: str) -> Rollout | None:
@@ -131,16 +149,11 @@ def _open(
     world: World,
     head: Head,
     wanted: kinds.Rollout,
-    fleet: kinds.Fleet,
-    policy: kinds.HealthPolicy,
-    release: kinds.Release,
+    pinned: Pinned,
     artifacts: dict[str, str],
     now: float,
 ) -> Iterator[Action]:
-    urgent = recall.declared(wanted, now)
-    ran = who_ran(world, fleet.name, release.fixes) if release.fixes and not urgent else []
-    fixes = release.fixes if len(ran) >= FEWEST else None
-    pinned = pin(wanted, fleet, policy, release, fixes=fixes, urgent=urgent)
+    urgent, release, fleet = recall.declared(wanted, now), pinned.release, pinned.fleet
     times = sum(1 for r in world.rollouts.values() if r.name == wanted.name)
     # One commit opens one rollout of a name: its id follows from them, so that a controller that
     # died after the opening finds the same one again.

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from controller.manifests.reader import Manifests, Problem
-from controller.rollout import acts, opening
+from controller.rollout import acts, approval, opening
 from controller.rollout.acts import Act
 from controller.rollout.desired import Catalog
 from controller.rollout.differences import differences
@@ -67,6 +67,7 @@ class Planned:
     ends: float | None = None  # Unix seconds, at the earliest
     one_way: bool = False
     differs: tuple[str, ...] = ()  # fields, where it is edited
+    approves: str = ""  # digest of the plan that its people approve, where the rule asks for them
     notes: tuple[str, ...] = ()
 
 
@@ -109,6 +110,10 @@ def plan(
     world = replace(
         world,
         head=head.head,
+        rules={
+            name: approval.in_force(world.rules.get(name), approval.rule_of(fleet))
+            for name, fleet in after.fleets.items()
+        },
         holds=acts.in_force(world, before, after),
         catalog=Catalog(releases={**world.catalog.releases, **after.releases}),
     )
@@ -221,7 +226,8 @@ def _opened(
         before=was,
         after=rollout.release,
         one_way=not action.pinned.release.rollback.possible,
-        notes=tuple(_notes(action.pinned, running)),
+        approves=rollout.flags.get("awaits", {}).get("digest", ""),
+        notes=(*_people(rollout), *_notes(action.pinned, running)),
     )
     if not measured:
         steps = tuple(unmeasured(wave, now) for wave in action.pinned.waves)
@@ -244,6 +250,11 @@ def _opened(
         sentence=f"OPENS — {rollout.release} for {rollout.fleet}: {total} of {len(devices)} "
         f"devices in {len(steps)} steps",
     )
+
+
+def _people(rollout: Rollout) -> Iterator[str]:
+    if (awaits := rollout.flags.get("awaits")) is not None:
+        yield f"waits for {approval.words(awaits)} before the first device is told"
 
 
 def _notes(pinned: Pinned, running: Rollout | None) -> Iterator[str]:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 from controller import audit, ulid
 from controller.rollout import approval
 from controller.store.rollouts import get_meta, put_meta
-from controller.store.tables import approvals, votes
+from controller.store.tables import approvals, devices, votes
 
 LASTS = 24 * 3600.0  # seconds that a request waits
 _RULES = "approvals"
@@ -82,6 +82,12 @@ def find(conn: Connection, name: str) -> Row[Any] | None:
     waiting = select(approvals).where(approvals.c.state == "waiting")
     rows = conn.execute(waiting.order_by(approvals.c.id.desc())).all()
     return next((r for r in rows if name in (r.rollout, r.seen.get("name"))), None)
+
+
+def active_devices(conn: Connection, fleet: str) -> int:
+    """How many devices a start in this fleet concerns."""
+    ours = devices.c.fleet == fleet, devices.c.status == "active"
+    return int(conn.execute(select(func.count()).where(*ours)).scalar_one())
 
 
 def listed(

@@ -17,7 +17,7 @@ from controller.roles import Role
 from controller.store import approvals as rows
 from controller.store import snapshot
 from controller.store.tables import approvals as table
-from controller.store.tables import audit, holds
+from controller.store.tables import audit, holds, rollouts
 from telemetry.store.database import reading, writing
 
 if TYPE_CHECKING:
@@ -148,7 +148,65 @@ def test_what_waited_for_a_day_is_void(story: Any) -> None:
     story.run(3)
     with pytest.raises(Refused, match="longer than a day"):
         vote(story, "bob", now=story.world.now + 90_000)
-    assert waiting(story) is None
+    anew = waiting(story)  # the start waits on: it asks again, without the votes of then
+    assert (anew.kind, anew.needs) == ("start", 1)
+    assert vote(story, "bob", now=story.world.now + 90_000).state == "granted"
+
+
+def test_an_edited_plan_is_asked_for_anew_and_old_votes_are_void(story: Any) -> None:
+    commit(story, {**BOTH, "start": "3"})
+    story.run(3)
+    first = waiting(story)
+    vote(story, "bob")
+    commit(story, {**BOTH, "start": "3"}, steps=PAUSES)  # the same release, other steps
+    story.run(3)
+    second = waiting(story)
+    assert second.digest != first.digest
+    with reading(story.engine) as conn:
+        old = conn.execute(select(rollouts).where(rollouts.c.id == first.rollout)).one()
+    assert old.sentence.startswith("SUPERSEDED — another plan for app-2")
+    with pytest.raises(Refused) as gone:
+        approvals.vote(
+            story.engine, first.id, actor="eve", digest=first.digest, reason="", now=story.world.now
+        )
+    assert gone.value.code == 409
+    with pytest.raises(Refused) as stale:
+        vote(story, "eve", digest=first.digest)
+    assert stale.value.code == 412
+    assert vote(story, "eve").state == "waiting"  # bob's yes was to another plan
+    story.run(5)
+    assert story.versions() == {"1": 40}
+    assert vote(story, "bob").state == "granted"
+
+
+def test_a_commit_that_leaves_the_plan_alone_leaves_its_votes(story: Any) -> None:
+    commit(story, BOTH)
+    story.run(3)
+    first = waiting(story)
+    story.commit(
+        fleet(BOTH), loop.policy(), *(loop.release(v) for v in ("1", "2")),
+        loop.rollout("cars", "app-2"),
+    )  # fmt: skip
+    story.run(3)
+    assert waiting(story).id == first.id
+    assert vote(story, "bob").state == "granted"
+
+
+def test_a_fleet_that_has_grown_since_is_looked_at_again(story: Any) -> None:
+    commit(story, BOTH)
+    story.run(3)
+    first = waiting(story)
+    assert first.seen["devices"] == 40
+    story.enrol(*(f"new-{i}" for i in range(4)), model="m3")  # a tenth more: as agreed
+    with writing(story.engine) as conn:
+        assert rows.active_devices(conn, "cars") == 44
+    story.enrol("new-5", model="m3")
+    with pytest.raises(Refused, match="45 devices now, it had 40") as gone:
+        vote(story, "bob")
+    assert gone.value.code == 409
+    second = waiting(story)
+    assert (second.digest, second.seen["devices"]) == (first.digest, 45)
+    assert vote(story, "bob").state == "granted"
 
 
 def test_pause_and_resume_are_no_way_around_the_second_person(story: Any) -> None:
