@@ -38,8 +38,10 @@ _ALLOWED: Mapping[str, frozenset[RolloutState]] = {
 }
 
 
-def allowed(kind: str, state: str) -> bool:
-    """Does a rollout in this state take this verb?"""
+def allowed(kind: str, state: str, flags: Mapping[str, Any] | None = None) -> bool:
+    """Does a rollout in this state take this verb? A way back that is frozen can be resumed."""
+    if kind == "resume" and state == RolloutState.ROLLING_BACK:
+        return bool((flags or {}).get("frozen"))
     return state in _ALLOWED.get(kind, frozenset())
 
 
@@ -293,7 +295,7 @@ def _check(row: Mapping[str, Any], kind: str, if_revision: int | None) -> None:
             f"{row['name']}: revision {if_revision} is stale, it is {row['revision']} now: "
             f"{row['sentence']}; look again, then repeat",
         )
-    if row["state"] not in _ALLOWED.get(kind, frozenset()):
+    if not allowed(kind, row["state"], row["flags"]):
         raise Refused(409, f"{row['name']}: {kind} is not possible while it is {row['state']}")
 
 

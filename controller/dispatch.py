@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controller.orders import Issuer, build
-from controller.rollout import desired, holdout, recovery, scope, withholding
+from controller.rollout import desired, holdout, recovery, retreat, scope, withholding
 from controller.rollout.model import (
     ActiveHold,
     Device,
@@ -183,8 +183,11 @@ class _View:
         world, fleet = self.world, device.fleet
         speaking: list[tuple[Rollout, Member]] = []
         past: dict[str, Member] = {}
+        stays = set()
         for name in memberships:
             member, rollout = world.members[name][device.id], world.rollouts[name]
+            if retreat.stays(rollout, member):
+                stays.add(str(rollout.flags.get("hold")))
             if rollout.active and rollout.fleet == fleet:
                 speaking.append((rollout, member))
             if member.previous and member.state is not MemberState.DRAWN:
@@ -202,6 +205,8 @@ class _View:
             stops=world.stops,
             proven=self._proven_for(device),
             on_unknown=str(declared.on_unknown) if declared else "keep",
+            stays=frozenset(stays),
+            begun=retreat.begun(row, last),
             foreign=recovery.foreign(device, row, last, before),
         )
 
@@ -255,7 +260,7 @@ def _covers(world: World, hold: ActiveHold, device: Device, memberships: Sequenc
 def _may_go(world: World, place: desired.Place, target: desired.Target) -> bool:
     """Going back always; forward, or by a lost memory, only with Git and telemetry at hand."""
     head = world.head
-    if target.kind is Kind.ROLLBACK:
+    if target.kind is not Kind.INSTALL:
         return True
     if place.foreign:
         return head is not None and head.heard and not world.blind

@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from controller.rollout import scope
-from controller.rollout.model import Arm, Device, Member, MemberState
+from controller.rollout.model import Arm, Device, Member, MemberState, RolloutState
 from controller.rollout.waves import Pinned
 from device_agent.protocol import Desired, ProtocolError, open_envelope
 from telemetry.report import DeviceRow
@@ -198,6 +198,21 @@ class Look:
             scope.covers(part, one, self._member(row["id"], one.id), self._pinned(row))
             for row in named
         )
+
+    def stays(self, device: str, hold: Row) -> bool:
+        """Is the way back that this hold asks for not open to the device yet, or frozen?"""
+        for row in self.tables.rollouts:
+            flags = row["flags"] or {}
+            if row["state"] != RolloutState.ROLLING_BACK or flags.get("hold") != hold["id"]:
+                continue
+            if flags.get("frozen"):
+                return True
+            if "back_step" not in flags:
+                continue
+            member = self._member(row["id"], device)
+            if member is not None and member.step > flags["back_step"]:
+                return True
+        return False
 
     def _member(self, rollout: str, device: str) -> Member | None:
         for row in self.tables.members:

@@ -66,6 +66,8 @@ def _held_order(look: Look, row: Row, hold: Row) -> Iterator[Finding]:
         return
     if not look.elsewhere(name, hold, component):
         return
+    if running and look.stays(name, hold):
+        return
     if row["kind"] == Kind.INSTALL and row["at"] > hold["created_at"] + look.grace:
         yield Finding(
             invariant="I1",
@@ -150,6 +152,8 @@ def _held_devices(look: Look) -> Iterator[Finding]:
             continue
         for hold in look.in_force:
             if not look.covers(hold, device) or hold["to"] == "stay":
+                continue
+            if look.stays(truth.device, hold):
                 continue
             for component, running in truth.active.items():
                 bad = running in hold["artifacts"]

@@ -61,7 +61,7 @@ class Listening:
         was_blind, page = self.blind, None if self.blind else PAGE
         try:
             if was_blind:
-                self._begin()
+                self._begin(now)
             rows = self._reader.devices_changed(self._change, limit=page)
             for row in rows:
                 before = self.seen.get(row.device)
@@ -87,10 +87,10 @@ class Listening:
             found.sight_regained = was_blind
         return found
 
-    def _begin(self) -> None:
+    def _begin(self, now: float) -> None:
         """Read evidence from its beginning: what an outage left half read counts once."""
         if self._change == 0:
-            self.ears = Ears(*self._reader.hearing())
+            self.ears = Ears.resumed(self._memory.ears, self._reader.hearing(), now)
         self.evidence = Evidence(self._reader)
         for rollout in self._memory.rollouts.values():
             if rollout.active:

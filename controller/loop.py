@@ -39,6 +39,7 @@ log = structlog.get_logger()
 MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
 FIRST = 64  # orders of a rollback that are on the wire before the others are composed
 PART = 1_000  # devices whose orders are composed in one transaction
+EARS_NOTED = 5.0  # seconds between two notes of what we heard, where nothing else is written
 PARTS = 8  # in one tick: then whoever pressed a button meanwhile is heard first
 
 
@@ -124,6 +125,7 @@ class Loop:
         self._head: Head | None = None
         self._notices: dict[str, str] = {}
         self._noted: dict[str, str] = {}  # as the database has them
+        self._ears_noted_at = now
         self._asked = False  # until Git was asked
         self._first = True
         self._observed = now
@@ -229,7 +231,7 @@ class Loop:
         self.stopping = (
             bool(memory.commands) or any(map(_is_stop, actions)) or self._dispatch.urgent
         )
-        while new_head or (actions and rounds > 0) or self._notices != self._noted:
+        while new_head or (actions and rounds > 0) or self._must_note(now):
             with self._transaction(now) as conn:
                 if new_head and self._head is not None:
                     self._recording.accept(conn, self._head, now)
@@ -246,14 +248,25 @@ class Loop:
                     actions = self._ask(now)
                 urgent = self._dispatch.urgent
                 part = self._part(conn, FIRST if urgent else PART, now)
-                if self._notices != self._noted:
-                    store.put_meta(conn, "notices", self._notices)
-                    self._noted = self._notices
+                self._note(conn, now)
             self._outbox.send(part.rows, memory.in_force, forward=self._asked)
             if urgent:
                 actions = self._ask(now)
         self._end_recovery(now)
         return taken
+
+    def _must_note(self, now: float) -> bool:
+        due = now - self._ears_noted_at >= EARS_NOTED and not self._listening.blind
+        return due or self._notices != self._noted
+
+    def _note(self, conn: Connection, now: float) -> None:
+        """What people read, and what the next one must know who looks after us."""
+        if self._notices != self._noted:
+            store.put_meta(conn, "notices", self._notices)
+            self._noted = self._notices
+        if not self._listening.blind:
+            store.put_meta(conn, "ears", self._listening.ears.note(now))
+            self._ears_noted_at = now
 
     def _score(self, now: float) -> None:
         if self._listening.blind:

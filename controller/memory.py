@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -48,6 +49,7 @@ class Memory:
         self.recovered_at: float | None = store.get_meta(conn, "recovered_at")
         self.recovered = store.get_meta(conn, RECOVERED) is not None
         self.restored = False
+        self.ears: dict[str, Any] | None = store.get_meta(conn, "ears")  # as noted last
         self.catalog = desired.Catalog(releases=self.documents)
         self.pinned = {r.id: Pinned.from_json(r.pinned) for r in self.rollouts.values()}
         self.devices: dict[str, Device] = {}

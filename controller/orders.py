@@ -82,7 +82,7 @@ def build(
         components={
             component: _component(component, told, catalog, issuer.base_url)
             for component, told in sorted(target.components.items())
-            if _known(component, told, catalog)
+            if target.kind is not Kind.NONE and _known(component, told, catalog)
         },
         preconditions=target.preconditions if forward else (),
         security_epoch=target.security_epoch,

@@ -43,6 +43,11 @@ log = structlog.get_logger()
 _ACTING = frozenset({Arm.EXPOSED, Arm.RETURNING})
 
 
+def _back(rollout: Rollout) -> tuple[object, object]:
+    """How far the way back is open."""
+    return rollout.flags.get("back_step"), rollout.flags.get("frozen")
+
+
 class Recording:
     def __init__(
         self,
@@ -160,7 +165,7 @@ class Recording:
         self._memory.rollouts[after.id] = after
         if before.active and not after.active:
             self._listening.evidence.close(after.id)
-        if before.state is not after.state:
+        if before.state is not after.state or _back(before) != _back(after):
             self._turn_round(after, now)
         self._rollcall.changed(self._world(), before, after, now)
         if before.state is not after.state:

@@ -83,7 +83,7 @@ class Story:
 
     # -- acts -------------------------------------------------------------------------------------
 
-    def set_up(self) -> None:
+    def set_up(self, policy: str | None = None) -> None:
         words = ["--repo", str(self.repository.bare), "--branch", "main"]
         words += ["--state-dir", str(self.root / "state"), "--listen", self.server[7:]]
         words += ["--poll-interval", "0.5", "--tick-interval", "0.5"]
@@ -91,7 +91,7 @@ class Story:
             words += ["--database", self.wish.database]
         self.tell(f"Starting `bellwether serve` on {self.server}, with its own Mosquitto")
         manifests = {
-            "policy.yaml": stage.policy_text(),
+            "policy.yaml": policy or stage.policy_text(),
             "fleet.yaml": stage.fleet_text(self.size),
         }
         # The first commit names a release, so its artifact must be known: published below.

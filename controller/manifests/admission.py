@@ -19,8 +19,6 @@ from controller.manifests.kinds import (
     Expression,
     Fleet,
     Mode,
-    OfflineAction,
-    OnUnknown,
     Operator,
     Release,
     Rollout,
@@ -234,9 +232,6 @@ class _Rules:
     # -- not in force yet -------------------------------------------------------------------------
 
     def not_yet(self) -> Iterator[Problem]:
-        for fleet in self._all.fleets.values():
-            if fleet.on_unknown is OnUnknown.ADOPT:
-                yield self._notice("Fleet", fleet.name, ("spec", "onUnknown"))
         for release in self._all.releases.values():
             fields: list[tuple[str, bool]] = [
                 ("installer", release.installer != "slots"),
@@ -245,13 +240,6 @@ class _Rules:
             ]
             yield from self._notices("Release", release.name, fields)
         for rollout in self._all.rollouts.values():
-            strategy = rollout.strategy
-            fields = [
-                ("strategy.offline.action", strategy.offline.action is OfflineAction.FAIL),
-                ("strategy.onInconclusive", strategy.on_inconclusive.action == "grow"),
-                ("rollback.pace", rollout.rollback.pace != "immediate"),
-            ]
-            yield from self._notices("Rollout", rollout.name, fields)
             for i, step in enumerate(rollout.strategy.steps):
                 if step.keep_back is not None:
                     path: Path = ("spec", "strategy", "steps", i, "keepBack")

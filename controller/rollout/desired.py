@@ -4,7 +4,8 @@ Pure. Rules, in order, for each component (the first that speaks wins):
 
 1. A device that is not active in the registry gets nothing.
 2. Base: what it was last told. What the fleet has proven since then is newer and wins; so it does
-   for a newcomer, that was never told anything. A digest nobody knows is kept (`onUnknown: keep`).
+   for a newcomer, that was never told anything. A digest nobody knows is kept (`onUnknown: keep`)
+   or, from the moment when it is heard of, what the device was told (`adopt`).
    Where the memory of what it was told is lost, what it runs is its base: a baseline moves nobody.
 3. A rollout whose member it is (told, not left) replaces the base for the components it changes.
 4. A digest that a hold rejects is replaced by the hold's destination: `stay` keeps what runs,
@@ -12,6 +13,8 @@ Pure. Rules, in order, for each component (the first that speaks wins):
    that the rejected release does not let its devices go back to (`rollback.to`).
 5. Rolling back X rolls back what requires X; where that cannot be, the device stays and says why.
 6. A stop lets nothing new start: components that are not running yet fall back to what runs.
+7. Who runs what a hold rejects, and whose turn to go back has not come (`rollback.pace`), or whose
+   way back is frozen, is left alone; an order back that it has not begun yet is taken away again.
 
 An order is `rollback` when any component goes back; it carries no lease and waits for nothing but
 the device's own safety.
@@ -85,6 +88,8 @@ class Place:
     stops: Sequence[ActiveStop]
     proven: Mapping[str, Proven]  # component → for this hardware
     on_unknown: str = "keep"
+    stays: frozenset[str] = frozenset()  # holds whose way back is not open to this device now
+    begun: bool = False  # it has begun to carry out its last order
     foreign: bool = False  # it obeys an order that we do not remember: see rollout.recovery
 
 
@@ -96,12 +101,15 @@ class Target:
     security_epoch: int = 0
     preconditions: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()  # sentences: "cannot roll back: …"
+    adopts: bool = False  # it names what no release document does: noted as told, not ordered
 
 
 def compose(place: Place, catalog: Catalog, now: float) -> Target | None:
     """What this device must be; None when there is nothing to say."""
     if not place.device.governed:
         return None
+    if _left_alone(place):
+        return _nothing(place.last)
     chosen: dict[str, Told] = {}
     attempts: list[str] = []
     back = False
@@ -137,15 +145,38 @@ def compose(place: Place, catalog: Catalog, now: float) -> Target | None:
         security_epoch=_epoch(chosen, catalog),
         preconditions=_preconditions(chosen, catalog),
         blocked=tuple(blocked),
+        adopts=place.on_unknown == "adopt" and _adopts(chosen, catalog),
     )
+
+
+def _adopts(chosen: Mapping[str, Told], catalog: Catalog) -> bool:
+    return any(catalog.owner(c, told.digest, told.release) is None for c, told in chosen.items())
+
+
+def _left_alone(place: Place) -> bool:
+    if place.begun:
+        return False
+    running = {report.digest for report in place.running.values()}
+    return any(hold.id in place.stays and running & hold.artifacts for hold in place.holds)
+
+
+def _nothing(last: Order | None) -> Target | None:
+    """Takes back an order back that came too early. It still counts as what the device was told."""
+    if last is None or last.kind != Kind.ROLLBACK:
+        return None
+    return Target(kind=Kind.NONE, components=last.components, attempt=last.attempt)
 
 
 def differs(target: Target, last: Order | None, running: Mapping[str, ComponentReport]) -> bool:
     """Must an order go out? Not to a device that was never told and runs the target already."""
+    if target.kind is Kind.NONE:
+        return last is not None and last.kind != Kind.NONE
     wanted = {c: told.digest for c, told in target.components.items()}
     if last is not None:
         ordered = {c: told.digest for c, told in last.components.items()}
         return wanted != ordered or last.kind == Kind.NONE
+    if target.adopts:
+        return True
     return any(c not in running or running[c].digest != d for c, d in wanted.items())
 
 
@@ -198,9 +229,13 @@ def _base(place: Place, component: str, catalog: Catalog, now: float) -> Told | 
         if running is None:
             return told
         return Told(release=running.release, digest=running.digest, at=now, rollout=None)
+    known = running is None or catalog.owner(component, running.digest) is not None
+    if running is not None and not known and place.on_unknown == "adopt":
+        if told is None or told.digest != running.digest:  # from now on: what comes later wins
+            return Told(release=running.release, digest=running.digest, at=now, rollout=None)
+        known = True
     if told is not None and (proven is None or proven.at <= told.at):
         return told
-    known = running is None or catalog.owner(component, running.digest) is not None
     if not known and place.on_unknown != "converge":
         return told
     if proven is not None:
@@ -270,9 +305,21 @@ def _by_holds(
         back = True
         if base is None:
             return None, False, spoke
+    if spoke is None and (leaving := _still_leaving(place, component, base)):
+        return base, True, leaving
     if running is None or base is None or spoke is None:
         return base, back, spoke
     return base, back or running.digest in spoke.artifacts, spoke
+
+
+def _still_leaving(place: Place, component: str, base: Told | None) -> ActiveHold | None:
+    """The hold that a device obeys which was ordered back before, and has not gone yet."""
+    last, running = place.last, place.running.get(component)
+    if last is None or last.kind == Kind.INSTALL or last.components.get(component) != base:
+        return None
+    if running is None or base is None or running.digest == base.digest:
+        return None
+    return next((h for h in reversed(place.holds) if running.digest in h.artifacts), None)
 
 
 def _not_started(place: Place, component: str, base: Told | None) -> ComponentReport | None:
@@ -307,6 +354,9 @@ def _destination(
         return Told(release=running.release, digest=digest, at=now, rollout=None)
     left = catalog.owner(component, digest, hold.release)
     for told in _ways_back(place, component, hold, catalog, now):
+        nameless = catalog.owner(component, told.digest, told.release) is None
+        if nameless and (running is None or running.digest != told.digest):
+            continue  # what no release document names can be left alone, and not be ordered
         if told.digest not in tried and _takes_back(left, component, told, catalog):
             return told
     return None

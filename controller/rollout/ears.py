@@ -8,12 +8,14 @@ still while broker or ingest are away. That is not enough. Rules, in order:
    nothing was done: the road to them is cut. That is deafness too.
 3. When it is over devices are on their way back, each at its own pace: the longer the outage, the
    later. Until then the clock stands still, so that nobody counts as silent.
+4. Our own absence is an outage like another: whoever starts goes on from what was noted last.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 PROBE_LATE = 5.0  # seconds since our own probe came through that are no outage
 COMES_BACK = 90.0  # seconds: the longest pause between two attempts of an agent to connect
@@ -30,6 +32,29 @@ class Ears:
         self._cut: float | None = None  # the road is cut since then, on the hearing clock
         self._asked = -math.inf  # the last word about which `crowd` was asked
         self._back = -math.inf  # until then devices come back, on the hearing clock
+
+    @classmethod
+    def resumed(
+        cls, noted: Mapping[str, Any] | None, hearing: tuple[float, float], now: float
+    ) -> Ears:
+        """After a start: `noted` by whoever looked before us. What happened since, nobody saw."""
+        ears, raw = cls(*hearing), hearing[0]
+        if noted is None or noted["clock"] > raw:
+            return ears  # nobody looked before, or at another telemetry than this
+        ears.clock = noted["clock"]
+        ears.deaf = [(since, until) for since, until in noted["deaf"]]
+        ears._cut = noted["cut"]
+        ears._back = -math.inf if noted["back"] is None else noted["back"]
+        ears._return(raw, max(0.0, now - noted["at"]))
+        return ears
+
+    def note(self, now: float) -> dict[str, Any]:
+        """What the next one must know who looks."""
+        back = None if self._back == -math.inf else self._back
+        return {
+            "at": now, "clock": self.clock, "cut": self._cut, "back": back,
+            "deaf": self.deaf,
+        }  # fmt: skip
 
     def hear(
         self,

@@ -340,12 +340,13 @@ def _wait(
 
 
 def _waits_for_offline(pinned: Pinned, seen: Standing) -> bool:
-    """`offline: {action: wait}`: the step does not pass without those that are out of reach.
+    """`offline: {action: wait | fail}`: the step does not pass without those that are out of reach.
 
-    Nor without those that were told and say nothing yet: they may be on their way out of it.
+    Nor without those that were told and say nothing yet: they may be on their way out of it. After
+    `countAfter` nobody is waited for any more: then it is nobody's fault (wait), or a failure.
     """
-    waits = pinned.rollout.strategy.offline.action is OfflineAction.WAIT
-    return waits and seen.offline + seen.waiting > 0
+    waits = pinned.rollout.strategy.offline.action is not OfflineAction.DEFER
+    return waits and seen.offline - seen.overdue + seen.waiting > 0
 
 
 def _under_way(

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from controller.manifests.kinds import Window
+from controller.manifests.kinds import OfflineAction, Window
 from controller.rollout import scope, step, telling, windows
 from controller.rollout.case import outcome
 from controller.rollout.cohort import rank
@@ -31,8 +31,8 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
 )
-from controller.rollout.retreat import came_back, nowhere_to_go, rejecting
-from controller.rollout.standing import Alike, patience, reachable
+from controller.rollout.retreat import came_back, failed_back, nowhere_to_go, rejecting, stays
+from controller.rollout.standing import Alike, count_after, overdue, patience, reachable
 from controller.rollout.world import World
 from device_agent.protocol import Reason
 from telemetry.report import DeviceRow
@@ -142,6 +142,8 @@ class Muster:
         after = self._shared.setdefault(after, after)
         if after.alike.near:
             self._watch(world.seen[device], context, now)
+        elif context.count_after is not None and not after.alike.overdue:
+            self._expect(world.seen.get(device), member, context.count_after, now)
         if after.why is not None and context.windows:
             zone = windows.zone_of(world.devices[device])
             if zone not in self._zones:
@@ -178,6 +180,15 @@ class Muster:
         else:
             self._quiet.note(row.device, row.heard_clock + context.patience)
 
+    def _expect(self, row: DeviceRow | None, member: Member, limit: float, now: float) -> None:
+        """Look again when this device may have been out of reach for too long."""
+        if row is not None:
+            self._quiet.note(member.device, row.heard_clock + limit)
+            if row.sleeping_until is not None and row.sleeping_until > now:
+                self._asleep.note(member.device, row.sleeping_until)
+        if member.drawn_at + limit > now:
+            self._asleep.note(member.device, member.drawn_at + limit)
+
 
 class _Context(NamedTuple):
     """What all members of a rollout share."""
@@ -188,6 +199,8 @@ class _Context(NamedTuple):
     hold: ActiveHold | None  # of a rollout that goes back
     others: Sequence[str]  # the other active rollouts
     partial: Sequence[ActiveHold]  # holds against a part of its devices
+    count_after: float | None  # seconds out of reach after which nobody waits; None: nobody does
+    gives_up: bool  # then it counts as failed
 
     @classmethod
     def of(cls, world: World, rollout: Rollout) -> _Context:
@@ -200,6 +213,8 @@ class _Context(NamedTuple):
             hold=rejecting(world, rollout) if back else None,
             others=[r.id for r in world.rollouts.values() if r.active and r.id != rollout.id],
             partial=scope.partial(world, rollout),
+            count_after=count_after(world, rollout),
+            gives_up=pinned.rollout.strategy.offline.action is OfflineAction.FAIL,
         )
 
 
@@ -222,6 +237,8 @@ def _stand(world: World, rollout: Rollout, context: _Context, member: Member, no
         note = "deferred"
     elif near and member.state is MemberState.DRAWN:
         note = member.reason
+    late = not near and not back and overdue(world, rollout, member, now)
+    word = outcome(member, row)
     alike = Alike(
         step=member.step,
         arm=member.arm,
@@ -229,9 +246,20 @@ def _stand(world: World, rollout: Rollout, context: _Context, member: Member, no
         state=member.state,
         near=near,
         exposed=member.exposed_at is not None,
-        word=outcome(member, row),
+        word="failed" if late and context.gives_up else word,
         note=note,
-        bound=back and nowhere_to_go(world, rollout, context.hold, member.device),
+        bound=back
+        and not stays(rollout, member)
+        and nowhere_to_go(world, rollout, context.hold, member.device),
+        lost=back
+        and failed_back(
+            row,
+            world.orders.get(member.device),
+            hearing=world.hearing,
+            patience=context.patience,
+            now=now,
+        ),
+        overdue=late,
     )
     return Stand(alike, after is not member, why)
 

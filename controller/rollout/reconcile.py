@@ -107,6 +107,8 @@ def _end(world: World, rollout: Rollout, hold: ActiveHold, now: float) -> Iterat
     sentence = f"{verb} — {why}; {after}; by {hold.actor}"
     if cause is None:
         sentence += f", commit {rollout.commit[:7]}"
+    step = retreat.first_step(world.pinned[rollout.id], members)
+    back = {} if state is RolloutState.HELD or step is None else {"back_step": step}
     yield Change(
         rollout=replace(
             rollout,
@@ -115,7 +117,7 @@ def _end(world: World, rollout: Rollout, hold: ActiveHold, now: float) -> Iterat
             revision=rollout.revision + 1,
             finished_at=now if state is RolloutState.HELD else None,
             updated_at=now,
-            flags={**rollout.flags, "hold": hold.id, "ended_at": now},
+            flags={**rollout.flags, **back, "hold": hold.id, "ended_at": now},
         )
     )
     yield Decision(
@@ -173,6 +175,8 @@ def _obey(command: Command, rollout: Rollout, now: float) -> Rollout | None:
             soak_mark=None,
             flags={**rollout.flags, "paused_by": command.actor},
         )
+    if command.kind == "resume" and retreat.frozen(rollout):
+        return retreat.thawed(rollout, command.actor, because, now)
     if command.kind == "resume" and rollout.state in (
         RolloutState.PAUSED,
         RolloutState.INCONCLUSIVE,

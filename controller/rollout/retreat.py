@@ -7,21 +7,52 @@ Pure. Rules, in order:
 2. One whose order could not lead anywhere else ran nothing before: it waits for the fix-forward.
 3. It is over when nobody who can be reached, and has somewhere to go, is still away. The others go
    back at their next contact, whenever that is.
+4. `pace: steps`: the members of a step that run it go back when nobody of the steps before, who can
+   be reached, is still away. Who does not run it yet never waits: it must not start.
+5. A way back can fail as well. Where `abortFailed` devices did not come back, those that run it and
+   have not begun to leave stay as they are, and a person is asked: `resume` goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from controller.rollout.model import ActiveHold, Arm, Member, MemberState, Rollout, RolloutState
+from controller.rollout.follow import unheard
+from controller.rollout.model import (
+    ActiveHold,
+    Arm,
+    Member,
+    MemberState,
+    Order,
+    Rollout,
+    RolloutState,
+)
+from controller.rollout.waves import Pinned
 from controller.rollout.world import Action, Change, Decision, Put, World
+from device_agent.protocol import Kind, Reason, State
+from telemetry.report import DeviceRow
 
 if TYPE_CHECKING:
     from controller.rollout.muster import Muster
 
 NEVER_TOLD = frozenset({MemberState.DRAWN, MemberState.LEFT})
+FROZEN = "; FROZEN — "  # what a sentence says from there on ends with the freeze
+_FAILED = frozenset({State.FAILED, State.STUCK, State.ROLLED_BACK})
+_LEAVING = frozenset({State.INSTALLING, State.INSTALLED, State.ACTIVATING, State.ROLLING_BACK})
+# These say something about a network or an order, nothing about the way back.
+_NOT_THE_WAY = frozenset(
+    {
+        Reason.ORDERED,
+        Reason.DOWNLOAD_FAILED,
+        Reason.LOWER_GENERATION,
+        Reason.CONFLICTING_GENERATION,
+        Reason.EXPIRED,
+        Reason.LINK_LOST,
+    }
+)
 
 
 def going_back(world: World, rollout: Rollout, muster: Muster, now: float) -> Iterator[Action]:
@@ -32,32 +63,160 @@ def going_back(world: World, rollout: Rollout, muster: Muster, now: float) -> It
         changed = (came_back(world, rollout, hold, members[d], now) for d in sorted(muster.moving))
         yield Put(rollout=rollout.id, members=tuple(changed))
         return
-    told = away = bound = 0
+    way = _count(muster)
+    if frozen(rollout):
+        return
+    limit = world.pinned[rollout.id].rollout.rollback.abort_failed
+    if limit and way.lost >= limit + int(rollout.flags.get("forgiven", 0)) and way.left:
+        yield from _freeze(rollout, hold, way, limit, now)
+        return
+    step = rollout.flags.get("back_step")
+    if step is not None and way.near and min(way.near) > step:
+        yield from _next_step(rollout, min(way.near), now)
+    elif not way.near:
+        yield from _over(world, rollout, hold, way, now)
+
+
+class _Way(NamedTuple):
+    """How far the devices are on their way back."""
+
+    told: int
+    away: int  # not back, and with somewhere to go
+    bound: int  # without
+    lost: int  # of those that are away: tried, and did not come back
+    near: frozenset[int]  # steps with somebody within reach who is away
+
+    @property
+    def left(self) -> int:
+        return self.away - self.lost
+
+
+def _count(muster: Muster) -> _Way:
+    counted: Counter[str] = Counter()
+    near: set[int] = set()
     for alike, n in muster.groups.items():
         if alike.arm is Arm.CONTROL or alike.state in NEVER_TOLD:
             continue
-        told += n
+        counted["told"] += n
         if alike.state is MemberState.BACK:
             continue
-        if alike.bound:
-            bound += n
-            continue
-        if alike.near:
-            return
-        away += n
-    yield from _over(world, rollout, hold, told, away, bound, now)
+        counted["bound" if alike.bound else "away"] += n
+        if alike.lost and not alike.bound:
+            counted["lost"] += n
+        if alike.near and not alike.bound:
+            near.add(alike.step)
+    return _Way(
+        told=counted["told"],
+        away=counted["away"],
+        bound=counted["bound"],
+        lost=counted["lost"],
+        near=frozenset(near),
+    )
+
+
+def first_step(pinned: Pinned, members: Mapping[str, Member]) -> int | None:
+    """The step that goes back first, where the way back goes by steps."""
+    if pinned.rollout.rollback.pace != "steps":
+        return None
+    steps = [
+        member.step
+        for member in members.values()
+        if member.arm is not Arm.CONTROL and member.state not in NEVER_TOLD
+    ]
+    return min(steps, default=None)
+
+
+def frozen(rollout: Rollout) -> bool:
+    return rollout.state is RolloutState.ROLLING_BACK and bool(rollout.flags.get("frozen"))
+
+
+def stays(rollout: Rollout, member: Member) -> bool:
+    """Does this member, if it runs what is rejected, keep it for now?"""
+    if rollout.state is not RolloutState.ROLLING_BACK or member.state is MemberState.BACK:
+        return False
+    step = rollout.flags.get("back_step")
+    return frozen(rollout) or (step is not None and member.step > step)
+
+
+def begun(row: DeviceRow | None, order: Order | None) -> bool:
+    """Has the device begun to carry out this order back?"""
+    if row is None or order is None or order.kind != Kind.ROLLBACK:
+        return False
+    same = (row.term, row.generation) == (order.term, order.generation)
+    return same and (row.state in _LEAVING or row.state in _FAILED)
+
+
+def failed_back(
+    row: DeviceRow | None, order: Order | None, *, hearing: float, patience: float, now: float
+) -> bool:
+    """Did it try to go back, and did not come back?"""
+    if row is None or not begun(row, order):
+        return False
+    if row.state in _FAILED:
+        return row.reason not in _NOT_THE_WAY
+    return unheard(row, hearing, now) > patience
+
+
+def _freeze(
+    rollout: Rollout, hold: ActiveHold | None, way: _Way, limit: int, now: float
+) -> Iterator[Action]:
+    sentence = (
+        f"{rollout.sentence}{FROZEN}{way.lost} devices failed to come back, abortFailed of the way "
+        f"back is {limit}: {way.left} others stay as they are until `resume`"
+    )
+    flags = {**rollout.flags, "frozen": True, "forgiven": way.lost}
+    yield Change(
+        rollout=replace(
+            rollout,
+            sentence=sentence,
+            revision=rollout.revision + 1,
+            updated_at=now,
+            flags=flags,
+        )
+    )
+    yield Decision(
+        rollout=rollout.id,
+        kind="state",
+        verdict="Frozen",
+        sentence=sentence,
+        inputs={
+            "failed": way.lost,
+            "limit": limit,
+            "staying": way.left,
+            "hold": hold.id if hold else None,
+        },
+    )
+
+
+def thawed(rollout: Rollout, actor: str, because: str, now: float) -> Rollout:
+    """A person lets the way back go on; who failed until now is forgiven."""
+    before = rollout.sentence.partition(FROZEN)[0]
+    return replace(
+        rollout,
+        sentence=f"{before}; RESUMED by {actor}{because}",
+        revision=rollout.revision + 1,
+        updated_at=now,
+        flags={**rollout.flags, "frozen": False},
+    )
+
+
+def _next_step(rollout: Rollout, step: int, now: float) -> Iterator[Action]:
+    flags = {**rollout.flags, "back_step": step}
+    yield Change(rollout=replace(rollout, flags=flags, updated_at=now))
+    yield Decision(
+        rollout=rollout.id,
+        kind="state",
+        verdict="RollingBack",
+        sentence=f"{rollout.sentence}; now the devices of step {step + 1}",
+        inputs={"step": step},
+    )
 
 
 def _over(
-    world: World,
-    rollout: Rollout,
-    hold: ActiveHold | None,
-    told: int,
-    away: int,
-    bound: int,
-    now: float,
+    world: World, rollout: Rollout, hold: ActiveHold | None, way: _Way, now: float
 ) -> Iterator[Action]:
-    n = told - away - bound
+    away, bound = way.away, way.bound
+    n = way.told - away - bound
     sentence = rollout.sentence.replace("ROLLING BACK", "ROLLED BACK")
     sentence = sentence.replace("devices go back to what each ran before", "devices were told it")
     sentence += f"; {n} are back"

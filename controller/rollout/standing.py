@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from controller.manifests.kinds import OfflineAction
 from controller.rollout.follow import unheard
-from controller.rollout.model import Arm, MemberState, Rollout
+from controller.rollout.model import Arm, Member, MemberState, Rollout
 from controller.rollout.world import World
 
 HEARTBEATS = 6  # of silence, before a device counts as silent
@@ -31,6 +32,8 @@ class Alike(NamedTuple):
     word: str  # what became of it, as the gate counts it: committed, failed, …; "": not begun
     note: str  # drawn: why it is not told; told: "deferred" where the device says why it waits
     bound: bool = False  # going back: it has nowhere to go
+    lost: bool = False  # going back: it tried to, and did not come back
+    overdue: bool = False  # out of reach for longer than `offline.countAfter`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +47,15 @@ class Standing:
     waiting: int  # told, reachable, not decided
     deferred: int  # told, and its own preconditions are not met
     offline: int  # told or drawn, but not reachable
+    overdue: int  # of them, for longer than `offline.countAfter`: nobody waits for these
+    given_up: int  # out of reach for so long that it counts as failed (`offline: {action: fail}`)
     untold: int  # drawn and reachable, held back by our limits
     reporting: int  # updated and heard lately
     why: str = ""  # the most frequent reason of the untold
 
     @property
     def decided(self) -> int:
-        return self.updated + self.failed + self.silent
+        return self.updated + self.failed + self.silent + self.given_up
 
     @property
     def size(self) -> int:
@@ -65,6 +70,7 @@ class Standing:
             (self.deferred, "deferred by the device"),
             (self.untold, f"not told yet ({self.why})" if self.why else "not told yet"),
             (self.offline, "offline"),
+            (self.given_up, "offline for too long"),
         ):
             if n:
                 parts.append(f"{n} {word}")
@@ -75,6 +81,28 @@ def patience(world: World, rollout: Rollout) -> float:
     """Seconds without contact after which an activated device counts as silent."""
     declared = world.pinned[rollout.id].rollout.strategy.silent_after
     return declared.total_seconds() if declared is not None else HEARTBEATS * HEARTBEAT
+
+
+def overdue(world: World, rollout: Rollout, member: Member, now: float) -> bool:
+    """Is this member, told or not, out of reach for longer than `offline.countAfter`?
+
+    Counted on the hearing clock, and not from before it was drawn.
+    """
+    if member.arm is not Arm.EXPOSED or member.state not in (MemberState.DRAWN, MemberState.TOLD):
+        return False
+    limit = count_after(world, rollout)
+    row = world.seen.get(member.device)
+    if limit is None or now - member.drawn_at <= limit:
+        return False
+    return row is None or unheard(row, world.hearing, now) > limit
+
+
+def count_after(world: World, rollout: Rollout) -> float | None:
+    """Seconds out of reach after which a member is waited for no more; None: nobody is."""
+    offline = world.pinned[rollout.id].rollout.strategy.offline
+    if offline.action is OfflineAction.DEFER:
+        return None
+    return offline.count_after.total_seconds()
 
 
 def deaf(world: World, now: float) -> bool:
@@ -101,6 +129,8 @@ def standing(groups: Mapping[Alike, int], step: int) -> Standing:
             counted["told"] += n
         if alike.state is MemberState.UPDATED and alike.near:
             counted["reporting"] += n
+        if alike.overdue:
+            counted["overdue"] += n
     return Standing(
         told=counted["told"],
         updated=counted["updated"],
@@ -109,6 +139,8 @@ def standing(groups: Mapping[Alike, int], step: int) -> Standing:
         waiting=counted["waiting"],
         deferred=counted["deferred"],
         offline=counted["offline"],
+        overdue=min(counted["overdue"], counted["offline"]),
+        given_up=counted["given_up"],
         untold=counted["untold"],
         reporting=counted["reporting"],
         why=min(reasons, key=lambda reason: (-reasons[reason], reason), default=""),
@@ -116,6 +148,8 @@ def standing(groups: Mapping[Alike, int], step: int) -> Standing:
 
 
 def _standing(alike: Alike) -> str:
+    if alike.overdue and alike.word:
+        return "given_up"
     if alike.state is MemberState.DRAWN:
         return "untold" if alike.near else "offline"
     if alike.state is MemberState.TOLD:

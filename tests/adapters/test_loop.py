@@ -733,7 +733,10 @@ class Trouble:
             ]
         if dice.random() < 0.15:
             more["suspend"] = "true"
-        deadline = {"progressDeadline": dice.choice(["40s", "1h"])}
+        deadline: dict = {"progressDeadline": dice.choice(["40s", "1h"])}
+        if dice.random() < 0.4:
+            action = dice.choice(["wait", "fail"])
+            deadline["offline"] = {"action": action, "countAfter": dice.choice(["20s", "60s"])}
         needs = {}
         if dice.random() < 0.3:
             needs = {"requires": [{"component": "battery", "version": ">=2"}]}

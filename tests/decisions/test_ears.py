@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from controller.rollout.ears import COMES_BACK, Ears
@@ -88,3 +90,56 @@ def test_at_our_own_start_the_silence_before_it_counts_for_nobody() -> None:
     look.raw, look.word = 500.0, 100.0
     look.pass_(5, devices=False)
     assert look.ears.clock == 104.0
+
+
+def restarted(look: Look, *, away: int = 0, devices: bool = True) -> None:
+    """The controller is killed, and another one looks after `away` seconds."""
+    noted = json.loads(json.dumps(look.ears.note(look.now)))
+    for _ in range(away):
+        look.now, look.raw = look.now + 1, look.raw + 1
+        look.at, look.word = look.now, look.raw if devices else look.word
+    look.ears = Ears.resumed(noted, (look.raw, look.at), look.now)
+
+
+def test_our_own_absence_is_an_outage_like_another() -> None:
+    """The devices fell quiet while we were away, and some of them are back before us."""
+    look = Look()
+    look.pass_(60)
+    restarted(look, away=20, devices=False)
+    look.word = look.raw
+    look.pass_(40)
+    assert look.ears.clock == 60.0  # who was heard at 60 has its time to come back
+    look.pass_(6)
+    assert look.ears.clock == look.raw
+
+
+def test_a_road_that_was_cut_before_our_start_is_still_cut() -> None:
+    look = Look()
+    look.pass_(60)
+    look.pass_(30, devices=False)
+    restarted(look, away=3, devices=False)
+    look.pass_(30, devices=False)
+    assert look.ears.clock <= 65.0
+    assert look.ears.deaf[0][0] == START + 60
+    restarted(look)
+    look.pass_(10)
+    assert look.ears.clock <= 65.0
+
+
+def test_who_was_silent_before_our_start_is_silent_after_it() -> None:
+    look = Look()
+    look.pass_(600)
+    restarted(look, away=2)
+    look.pass_(1)
+    assert look.ears.clock == 600.0
+    look.pass_(9)
+    assert look.ears.clock == look.raw
+
+
+def test_another_telemetry_begins_anew() -> None:
+    look = Look()
+    look.pass_(600)
+    look.raw = look.word = 3.0
+    restarted(look)
+    look.pass_(1)
+    assert look.ears.clock == 4.0

@@ -237,11 +237,10 @@ def test_a_digest_is_what_a_release_is_not_what_it_is_called() -> None:
 
 
 def test_fields_of_later_issues_are_noticed_not_ignored() -> None:
-    text = ROLLOUT + "  rollback: {pace: steps}\n"
-    reading = read({**GOOD, "rollout.yaml": text})
+    reading = read({**GOOD, "release.yaml": RELEASE + "  installer: rauc\n"})
     notices = [p for p in _all(reading) if p.severity == "notice"]
     assert [(p.field, p.message) for p in notices] == [
-        ("spec.rollback.pace", "accepted and checked, not in force yet")
+        ("spec.installer", "accepted and checked, not in force yet")
     ]
 
 

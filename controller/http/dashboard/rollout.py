@@ -10,6 +10,7 @@ from controller.commands import allowed
 from controller.http.dashboard.signs import Sign, Tone, sign
 from controller.http.dashboard.tally import Tally, members, standing
 from controller.roles import Principal, Right
+from controller.rollout.retreat import FROZEN
 
 Plain = Mapping[str, Any]
 
@@ -138,6 +139,7 @@ def _soak(one: Plain, step: Plain) -> str:
 
 def verbs(one: Plain, who: Principal, held: bool) -> tuple[Verb, ...]:
     """What this person may do with the rollout as it stands."""
+    flags = {"frozen": FROZEN in one["sentence"]}
     return tuple(
         Verb(
             name=name,
@@ -147,7 +149,9 @@ def verbs(one: Plain, who: Principal, held: bool) -> tuple[Verb, ...]:
             stops=right is Right.STOP,
         )
         for name, (label, right, means) in VERBS.items()
-        if who.may(right, one["fleet"]) and allowed(name, one["state"]) and (name != "lift" or held)
+        if who.may(right, one["fleet"])
+        and allowed(name, one["state"], flags)
+        and (name != "lift" or held)
     )
 
 

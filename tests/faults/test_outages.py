@@ -1,0 +1,97 @@
+"""Parts are away in the middle of a rollout: nobody counts as silent, nothing widens or goes back.
+
+Afterwards everything goes on by itself. Outages last several times `silentAfter`: what ten minutes
+are to a policy of minutes. Random moments; the seed is printed with a failure and plays again by
+BELLWETHER_FAULT_SEED.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .estate import CARS, SILENT_AFTER, Estate
+from .proxy import seed
+
+pytestmark = [
+    pytest.mark.story,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("story"),
+]
+
+OUTAGE = 3 * SILENT_AFTER
+LONG = 24 * SILENT_AFTER
+
+
+@pytest.fixture(scope="module")
+def estate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Estate]:
+    made = Estate(tmp_path_factory.mktemp("estate"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def dice() -> random.Random:
+    return random.Random(seed())
+
+
+@pytest.fixture(params=[OUTAGE, pytest.param(LONG, marks=pytest.mark.long)])
+def outage(request: pytest.FixtureRequest) -> float:
+    return float(request.param)
+
+
+def test_the_broker_away(estate: Estate, dice: random.Random, outage: float) -> None:
+    """It hangs, then it is killed, and everything that it kept is gone."""
+    version = estate.roll_out()
+    time.sleep(dice.uniform(0.0, 1.5))
+    with estate.frozen("serve.mosquitto"):
+        estate.nothing_moves(version, outage, settle=3.0)
+    estate.forget_the_broker()
+    estate.completes(version)
+
+
+def test_ingest_away(estate: Estate, dice: random.Random, outage: float) -> None:
+    version = estate.roll_out()
+    time.sleep(dice.uniform(0.0, 1.5))
+    with estate.frozen("serve.ingest"):
+        estate.nothing_moves(version, outage, settle=3.0)
+    estate.completes(version)
+
+
+def test_all_cars_away_together(estate: Estate, dice: random.Random, outage: float) -> None:
+    """Their road is cut, or the machine that runs them stands still: it is not the release."""
+    version = estate.roll_out()
+    time.sleep(dice.uniform(0.0, 1.5))
+    with estate.frozen("simulate.0"):
+        time.sleep(outage)
+        assert not estate.harmed(estate.rollout(f"fsd-{version}")["id"])
+    estate.completes(version)
+
+
+def test_controller_and_api_stand_still_and_wake(estate: Estate, dice: random.Random) -> None:
+    version = estate.roll_out()
+    for names in (("serve.controller",), ("serve.api",), ("serve.controller", "serve.api")):
+        time.sleep(dice.uniform(0.0, 1.0))
+        with estate.frozen(*names):
+            time.sleep(dice.uniform(1.0, 1.5 * SILENT_AFTER))
+    estate.completes(version)
+
+
+def test_doctor_finds_nothing(estate: Estate) -> None:
+    """After all of that."""
+    assert sum(estate.story._counts().values()) == CARS
+    state = str(Path(estate.root) / "state")
+    doctor = subprocess.run(
+        [sys.executable, "-m", "controller.cli", "doctor", "--state-dir", state],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
