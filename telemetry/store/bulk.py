@@ -128,7 +128,7 @@ _TYPES: tuple[tuple[type[TypeEngine[Any]], str], ...] = (
     (Boolean, "bool"),
     (Float, "float8"),
     (LargeBinary, "bytea"),
-    (JSON, "json"),
+    (JSON, "text"),  # its text as it is: the driver would take a str for a JSON string
     (Text, "text"),
     (String, "varchar"),
 )

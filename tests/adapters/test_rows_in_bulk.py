@@ -1,0 +1,72 @@
+"""Orders and members come back from both databases as they were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
+from controller.store import rollouts as store
+from controller.store.database import open_control
+from telemetry.store.database import reading, writing
+
+DIGEST = "sha256:" + "a" * 64
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    if request.param == "sqlite":
+        opened = open_control(f"sqlite:///{tmp_path}/control.db")
+    else:
+        opened = open_control(request.getfixturevalue("postgres_url"))
+    yield opened
+    opened.dispose()
+
+
+def order(device: str, generation: int) -> dict[str, object]:
+    told = {"release": 'app-\u20ac "1"', "digest": DIGEST, "at": 1.5, "rollout": None}
+    return {
+        "device": device, "term": 3, "generation": generation, "attempt": "r.0", "kind": "install",
+        "components": {"app": told}, "rollout": None, "body": b"\x00signed", "at": 2.5,
+        "published": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 3, 700])
+def test_orders(engine: Engine, n: int) -> None:
+    for generation in (1, 2):
+        with writing(engine) as conn:
+            store.put_orders(conn, [order(f"car-{i}", generation) for i in range(n)])
+    with reading(engine) as conn:
+        loaded = store.load_orders(conn)
+        waiting = store.unpublished(conn)
+    assert len(loaded) == len(waiting) == n
+    one = loaded["car-0"]
+    assert (one.term, one.generation, one.kind, one.at) == (3, 2, "install", 2.5)
+    assert one.components["app"].release == 'app-\u20ac "1"'
+    assert one.components["app"].digest == DIGEST
+    assert waiting[0][1] == b"\x00signed"
+
+
+def test_members(engine: Engine) -> None:
+    previous = {"app": {"release": "app-1", "digest": DIGEST}}
+    made = [
+        Member(
+            device=f"car-{i}", step=0, arm=Arm.EXPOSED, drawn_at=1.0, hardware="hw", band=i % 5,
+            score=None, previous=previous if i % 2 else None, state=MemberState.TOLD,
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    rollout = Rollout(
+        id="r1", name="cars", fleet="cars", release="app-2", digest=DIGEST, artifacts={},
+        commit="c", author="a", state=RolloutState.PROGRESSING, sentence="", revision=1, step=0,
+        opened_at=0.0, step_at=0.0, seed="s", pinned={},
+    )  # fmt: skip
+    with writing(engine) as conn:
+        store.insert_rollout(conn, rollout)
+        store.put_members(conn, "r1", made)
+    with reading(engine) as conn:
+        assert store.load_members(conn) == {"r1": {m.device: m for m in made}}
