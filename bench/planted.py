@@ -18,7 +18,8 @@ from bench.world import texts
 from controller.keys import DirectorKey
 from controller.manifests.admission import admit
 from controller.manifests.reader import Manifests, read
-from controller.orders import Issuer, build
+from controller.orders import Issuer
+from controller.press import Press
 from controller.rollout.desired import Catalog, Target
 from controller.rollout.model import Device, Order, Told
 from controller.rollout.waves import pin
@@ -195,7 +196,7 @@ def _orders(
         if key is not None:
             issuer = Issuer(key=key, term=1, base_url="http://127.0.0.1:1")
             device = Device(id=name, fleet=fleet.name, labels={}, status="active")
-            values = build(issuer, device, target, catalog, None, None, now - 7_200)[1]
+            values = Press(issuer, catalog, now - 7_200).order(device, target, None, None)[1]
         else:
             values = _unsigned(name, told, attempt, now)
         rows.append({**values, "published": True})

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from controller.orders import Issuer, build
+from controller.orders import Issuer
+from controller.press import Press
 from controller.rollout import desired, holdout, recovery, retreat, scope, withholding
 from controller.rollout.model import (
     ActiveHold,
@@ -111,6 +112,7 @@ class Dispatch:
         """The next part: at most so many devices. `before`: when a lost database was found."""
         names = self._take(most)
         view = _View(world=world, now=now)
+        press = Press(self._issuer, world.catalog, now)
         orders, rows, gone = [], [], []
         for name in names:
             device = world.devices.get(name)
@@ -123,7 +125,7 @@ class Dispatch:
             if not device.governed:
                 continue
             place = view.place(device, row, last, self._memberships.get(name, ()), before)
-            made = self._order(world, place, row, now)
+            made = self._order(press, world, place, row, now)
             if made is not None:
                 orders.append(made[0])
                 rows.append(made[1])
@@ -137,7 +139,12 @@ class Dispatch:
         return names
 
     def _order(
-        self, world: World, place: desired.Place, row: DeviceRow | None, now: float
+        self,
+        press: Press,
+        world: World,
+        place: desired.Place,
+        row: DeviceRow | None,
+        now: float,
     ) -> tuple[Order, dict[str, Any]] | None:
         target = desired.compose(place, world.catalog, now)
         if target is None:
@@ -150,7 +157,7 @@ class Dispatch:
             return None  # never heard and never told: its first report says what it runs
         if not _may_go(world, place, target):
             return None
-        return build(self._issuer, place.device, target, world.catalog, last, row, now)
+        return press.order(place.device, target, last, row)
 
     def _stale(self, last: Order | None, row: DeviceRow | None, now: float) -> bool:
         """Must the same order go out again, under a new generation? Not yet: noted."""

@@ -24,6 +24,8 @@ class DirectorKey:
         raw = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         self.public_hex = raw.hex()
         self.keyid = sha256(raw).hexdigest()
+        # The envelope is the same around every order of this key, but for signature and order.
+        self._envelope = sealed(b"%b", (Signature(keyid=self.keyid, sig="%b"),))
 
     @classmethod
     def load_or_create(cls, path: Path) -> DirectorKey:
@@ -37,9 +39,11 @@ class DirectorKey:
 
     def sign(self, desired: Desired) -> bytes:
         """The `desired` message: the order in its envelope, with our signature."""
-        signed = canonical(to_wire(desired))
-        signature = Signature(keyid=self.keyid, sig=self._private.sign(signed).hex())
-        return sealed(signed, (signature,))
+        return self.seal(canonical(to_wire(desired)))
+
+    def seal(self, signed: bytes) -> bytes:
+        """The envelope around the canonical bytes of an order."""
+        return self._envelope % (self._private.sign(signed).hex().encode(), signed)
 
     def sign_bytes(self, data: bytes) -> bytes:
         """A bare signature, for evidence that leaves the house."""

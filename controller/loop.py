@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -40,7 +40,7 @@ MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
 FIRST = 64  # orders of a rollback that are on the wire before the others are composed
 PART = 1_000  # devices whose orders are composed in one transaction
 EARS_NOTED = 5.0  # seconds between two notes of what we heard, where nothing else is written
-PARTS = 8  # in one tick: then whoever pressed a button meanwhile is heard first
+PARTS = 12  # in one tick: then whoever pressed a button meanwhile is heard first
 
 
 class Heads(Protocol):
@@ -88,6 +88,7 @@ class Loop:
                 if not self._dispatch or self._ports.rung():
                     break
                 self._compose(now)
+            self._recording.follow(now)
         except BaseException:
             self._loaded = False  # the database is the truth: read it again
             raise
@@ -167,6 +168,10 @@ class Loop:
         if before == memory.wishes:
             return bool(memory.commands)
         self._listening.unheeded |= self._outbox.released()
+        if replace(before, holds=memory.holds) == memory.wishes:
+            self._dispatch.touch(memory.concerned(before.holds, self._listening.seen))
+            self._rollcall.people(self._world(), now, memory.newly_held(before.holds))
+            return True
         same_stops = before.stops == memory.stops
         self._dispatch.touch(
             memory.concerned(before.holds, self._listening.seen) if same_stops else memory.devices
@@ -221,7 +226,7 @@ class Loop:
     def _decide(self, now: float) -> int:
         """Ask, record and order until nothing is left to say: mostly in one transaction.
 
-        A rollback's first orders do not wait for the rest of it: they leave after its first round.
+        A rollback's orders do not wait for the rest of it: they leave after its first round.
         """
         taken, rounds, memory = 0, MOST_ROUNDS, self._memory
         self._score(now)
@@ -244,14 +249,16 @@ class Loop:
                     actions = []
                     if self._dispatch.urgent:
                         break
+                    self._recording.follow(now)
                     self._score(now)
                     actions = self._ask(now)
                 urgent = self._dispatch.urgent
                 part = self._part(conn, FIRST if urgent else PART, now)
                 self._note(conn, now)
             self._outbox.send(part.rows, memory.in_force, forward=self._asked)
-            if urgent:
-                actions = self._ask(now)
+            if urgent:  # the rest of its orders first; what else there is to say, in the next turn
+                self._more = True
+                break
         self._end_recovery(now)
         return taken
 

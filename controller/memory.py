@@ -101,6 +101,11 @@ class Memory:
     def of_fleet(self, fleet: str) -> Collection[str]:
         return self._fleets.get(fleet, {}).keys()
 
+    def newly_held(self, before: Sequence[ActiveHold]) -> frozenset[str]:
+        """Fleets of the holds that came or went since then."""
+        either = (h for h in (*before, *self.holds) if h not in before or h not in self.holds)
+        return frozenset(hold.fleet for hold in either)
+
     def concerned(self, before: Sequence[ActiveHold], seen: Mapping[str, DeviceRow]) -> list[str]:
         """Devices that a new hold may send elsewhere, and the fleets of holds that were lifted.
 

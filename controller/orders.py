@@ -1,28 +1,27 @@
-"""Turns targets into signed orders, and brings them to the broker.
+"""Brings orders to the broker.
 
-`build` makes the row of one order: signed for its device, its term and generation above all that
-the device has seen. `Outbox.publish` sends what the database holds and the broker may not have;
-it can be repeated at any time, because an order is level state and the broker is only its cache.
+`Outbox.publish` sends what the database holds and the broker may not have; it can be repeated at
+any time, because an order is level state and the broker is only its cache.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, runtime_checkable
 
 from sqlalchemy import Connection, Engine
 
 from controller.keys import DirectorKey
-from controller.rollout.desired import Catalog, Target
-from controller.rollout.model import Device, Order, Told
-from controller.rollout.recovery import MOST
 from controller.store import rollouts as store
-from device_agent.protocol import Channel, ComponentOrder, Desired, Kind, timestamp, topic
+from device_agent.protocol import (
+    Channel,
+    Kind,
+    topic,
+)
 from telemetry import metrics
-from telemetry.report import DeviceRow
 from telemetry.store.database import reading, writing
 
 
@@ -39,6 +38,13 @@ class Broker(Protocol):
     ) -> list[bool]: ...
 
 
+@runtime_checkable
+class Pipelined(Protocol):
+    """A broker that takes the next part while it still answers for the one before."""
+
+    def begin(self, messages: Sequence[tuple[str, bytes]]) -> Callable[[], list[bool]]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issuer:
     """What every order of this controller shares."""
@@ -49,78 +55,7 @@ class Issuer:
     lease: timedelta = timedelta(hours=1)
 
 
-def build(
-    issuer: Issuer,
-    device: Device,
-    target: Target,
-    catalog: Catalog,
-    last: Order | None,
-    row: DeviceRow | None,
-    now: float,
-) -> tuple[Order, dict[str, Any]]:
-    """(the order, its row for the desired table): signed, and newer than all the device knows."""
-    known = row if row is not None and max(row.term, row.generation) <= MOST else None
-    term = max(issuer.term + device.term, known.term if known else 0)
-    generation = 1 + max(last.generation if last else 0, known.generation if known else 0)
-    issued = datetime.fromtimestamp(now, UTC)
-    forward = target.kind is Kind.INSTALL
-    order = Order(
-        device=device.id,
-        term=term,
-        generation=generation,
-        attempt=target.attempt,
-        kind=str(target.kind),
-        components=target.components,
-        at=now,
-    )
-    desired = Desired(
-        device=device.id,
-        term=term,
-        generation=generation,
-        attempt=target.attempt,
-        kind=target.kind,
-        components={
-            component: _component(component, told, catalog, issuer.base_url)
-            for component, told in sorted(target.components.items())
-            if target.kind is not Kind.NONE and _known(component, told, catalog)
-        },
-        preconditions=target.preconditions if forward else (),
-        security_epoch=target.security_epoch,
-        issued_at=timestamp(issued),
-        not_after=timestamp(issued + issuer.lease) if forward else None,
-    )
-    values = {
-        "device": device.id,
-        "term": term,
-        "generation": generation,
-        "attempt": target.attempt,
-        "kind": str(target.kind),
-        "components": {c: asdict(told) for c, told in target.components.items()},
-        "rollout": next((t.rollout for t in target.components.values() if t.rollout), None),
-        "body": issuer.key.sign(desired),
-        "at": now,
-        "published": False,
-    }
-    return order, values
-
-
-def _known(component: str, told: Told, catalog: Catalog) -> bool:
-    # A component that runs what no release document names cannot be ordered, only left alone.
-    return catalog.owner(component, told.digest, told.release) is not None
-
-
-def _component(component: str, told: Told, catalog: Catalog, base_url: str) -> ComponentOrder:
-    release = catalog.owner(component, told.digest, told.release)
-    assert release is not None  # noqa: S101 - _known filtered
-    artifact = release.components[component]
-    own = f"{base_url}/artifacts/{artifact.digest}"
-    return ComponentOrder(
-        release=release.name,
-        digest=artifact.digest,
-        size=artifact.size,
-        urls=(artifact.url,) if artifact.url else (own,),
-        installer=str(release.installer),
-    )
+_Order = tuple[str, bytes, int, str]  # device, envelope, generation, kind
 
 
 class Outbox:
@@ -137,6 +72,7 @@ class Outbox:
         self._taken: list[tuple[str, int]] = []  # by the broker, not noted yet
         self._away = False
         self._withheld: set[str] = set()  # devices whose order a hold rejects
+        self._under_way: tuple[Sequence[_Order], Callable[[], list[bool]]] | None = None
 
     def send(
         self,
@@ -161,7 +97,22 @@ class Outbox:
                 return
             if self._term is not None:
                 store.check(conn, self._term)
+        self._land()
+        if self._away:
+            return
+        if isinstance(self._broker, Pipelined):
+            self._under_way = orders, self._broker.begin(_messages(orders))
+            return
         taken = self._send(orders)
+        self._taken += taken
+        self._away = len(taken) < len(orders)
+
+    def _land(self) -> None:
+        """Hear how many of the part that is under way the broker has taken."""
+        if self._under_way is None:
+            return
+        (orders, answer), self._under_way = self._under_way, None
+        taken = _counted(orders, answer())
         self._taken += taken
         self._away = len(taken) < len(orders)
 
@@ -186,6 +137,7 @@ class Outbox:
         waits no more, until `released`.
         """
         sent = 0
+        self._land()
         if self._taken:
             self._note(self._taken)
             self._taken = []
@@ -215,17 +167,23 @@ class Outbox:
         released, self._withheld = self._withheld, set()
         return released
 
-    def _send(self, orders: Sequence[tuple[str, bytes, int, str]]) -> list[tuple[str, int]]:
-        """(device, generation) of those that the broker took."""
-        messages = [(topic(device, Channel.DESIRED), body) for device, body, _, _ in orders]
-        taken = self._broker.publish(messages)
-        done = [order for order, ok in zip(orders, taken, strict=True) if ok]
-        for kind, n in Counter(order[3] for order in done).items():
-            metrics.count("bellwether_orders_published_total", n, kind=kind)
-        return [(device, generation) for device, _, generation, _ in done]
+    def _send(self, orders: Sequence[_Order]) -> list[tuple[str, int]]:
+        return _counted(orders, self._broker.publish(_messages(orders)))
 
     def _note(self, done: Sequence[tuple[str, int]]) -> None:
         with writing(self._engine) as conn:
             if self._term is not None:
                 store.fence(conn, self._term)
             store.mark_published(conn, done)
+
+
+def _messages(orders: Sequence[_Order]) -> list[tuple[str, bytes]]:
+    return [(topic(device, Channel.DESIRED), body) for device, body, _, _ in orders]
+
+
+def _counted(orders: Sequence[_Order], taken: Sequence[bool]) -> list[tuple[str, int]]:
+    """(device, generation) of those that the broker took."""
+    done = [order for order, ok in zip(orders, taken, strict=True) if ok]
+    for kind, n in Counter(order[3] for order in done).items():
+        metrics.count("bellwether_orders_published_total", n, kind=kind)
+    return [(device, generation) for device, _, generation, _ in done]

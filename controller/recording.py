@@ -19,7 +19,7 @@ from controller.dispatch import Dispatch
 from controller.listening import Listening
 from controller.manifests.kinds import Release
 from controller.memory import Memory
-from controller.rollout.model import Arm, Draw, Proven, Rollout, RolloutState
+from controller.rollout.model import Arm, Draw, Member, Proven, Rollout, RolloutState
 from controller.rollout.rollcall import Rollcall
 from controller.rollout.world import (
     Action,
@@ -68,6 +68,7 @@ class Recording:
         self._term = term
         self._entropy = entropy
         self._made = 0
+        self._turned: list[tuple[Rollout, Rollout]] = []  # (before, after): to be followed
 
     def touch(self, devices: Iterable[str], now: float) -> None:
         """What is known of these devices, or wanted of them, is not what it was."""
@@ -165,9 +166,13 @@ class Recording:
         self._memory.rollouts[after.id] = after
         if before.active and not after.active:
             self._listening.evidence.close(after.id)
-        if before.state is not after.state or _back(before) != _back(after):
-            self._turn_round(after, now)
-        self._rollcall.changed(self._world(), before, after, now)
+        turned = before.state is not after.state or _back(before) != _back(after)
+        if turned and after.state is RolloutState.ROLLING_BACK:
+            members = self._memory.members.get(after.id, {}).values()
+            self._dispatch.touch((m.device for m in members if _goes_back(m)), urgent=True)
+            self._turned.append((before, after))
+        else:
+            self._turn(before, after, now)
         if before.state is not after.state:
             log.info(
                 "rollout",
@@ -178,13 +183,23 @@ class Recording:
                 commit=after.commit,
             )
 
-    def _turn_round(self, rollout: Rollout, now: float) -> None:
-        """Its state is another one: all its members may be ordered otherwise, who goes back now."""
-        members = self._memory.members.get(rollout.id, {})
-        if rollout.state is RolloutState.ROLLING_BACK:
-            told = (m.device for m in members.values() if m.arm in _ACTING and m.told_at)
-            self._dispatch.touch(told, urgent=True)
-        self.touch((name for name in sorted(members) if name not in self._dispatch), now)
+    def follow(self, now: float) -> None:
+        """Work out whom it concerns that rollouts have turned round.
+
+        Not at once: their first orders leave before that, and the caller asks nobody before it.
+        """
+        for before, after in self._turned:
+            self._turn(before, after, now)
+        self._turned.clear()
+
+    def _turn(self, before: Rollout, after: Rollout, now: float) -> None:
+        """In another state all its members may be ordered otherwise."""
+        if before.state is not after.state or _back(before) != _back(after):
+            members = self._memory.members.get(after.id, {})
+            back = after.state is RolloutState.ROLLING_BACK
+            waiting = (d for d, m in members.items() if not (back and _goes_back(m)))
+            self.touch((d for d in sorted(waiting) if d not in self._dispatch), now)
+        self._rollcall.changed(self._world(), before, after, now)
 
     def _put(self, conn: Connection, action: Put, now: float) -> None:
         store.put_members(conn, action.rollout, action.members)
@@ -276,4 +291,9 @@ class Recording:
         self._memory.rollouts[rollout.id] = after
         self._memory.read_holds(conn)
         self._dispatch.touch(self._memory.members.get(rollout.id, {}))
-        self._rollcall.people(self._world(), now)
+        self._rollcall.people(self._world(), now, {rollout.fleet})
+
+
+def _goes_back(member: Member) -> bool:
+    """Was it told what its rollout now takes back?"""
+    return member.arm in _ACTING and bool(member.told_at)

@@ -452,10 +452,21 @@ class Publisher:
         timeout: float = 10.0,
     ) -> list[bool]:
         """Which of the messages the broker has taken within `timeout`; never raises for it."""
+        return self.begin(messages, qos=qos, retain=retain, timeout=timeout)()
+
+    def begin(
+        self,
+        messages: Sequence[tuple[str, bytes]],
+        *,
+        qos: int = 1,
+        retain: bool = True,
+        timeout: float = 10.0,
+    ) -> Callable[[], list[bool]]:
+        """`publish`, whose answer is waited for later."""
         if self._thread is None or not self._thread.is_alive():
-            return [False] * len(messages)
+            return lambda: [False] * len(messages)
         work = self._connection.publish_many(messages, qos=qos, retain=retain, timeout=timeout)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result
 
     def stop(self) -> None:
         """Disconnect in order and end the thread."""

@@ -16,7 +16,7 @@ Rules, in order:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from controller.rollout import opening, scope
 from controller.rollout.case import ended
@@ -86,12 +86,17 @@ class Rollcall:
             if away and muster.touch(world, world.rollouts[name], away, now):
                 self._awake.add(name)
 
-    def people(self, world: World, now: float) -> None:
-        """Holds, stops or the head changed: all that waits may wait for something else now."""
+    def people(self, world: World, now: float, fleets: Container[str] | None = None) -> None:
+        """Holds, stops or the head changed: all that waits may wait for something else now.
+
+        `fleets`: only holds of these changed. How members of others stand is not touched by them.
+        """
         self._awake |= set(world.rollouts)
         self._opening = True
         for name, muster in self.musters.items():
             rollout = world.rollouts[name]
+            if fleets is not None and rollout.fleet not in fleets:
+                continue
             back = rollout.state is RolloutState.ROLLING_BACK
             partial = bool(scope.partial(world, rollout))
             everybody = back or partial or name in self._in_parts

@@ -385,12 +385,24 @@ def put_orders(conn: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _in_columns(table: Table, rows: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """Rows as `bulk` takes them: in the table's order, JSON as text."""
+    """Rows as `bulk` takes them: in the table's order, JSON as text.
+
+    What the row before has too (one object, shared by alike orders) is not worded again.
+    """
     columns = [(column.name, isinstance(column.type, JSON)) for column in table.columns]
-    return [
-        tuple(json.dumps(row[name]) if plain else row[name] for name, plain in columns)
-        for row in rows
-    ]
+    found, last = [], dict[str, tuple[Any, str]]()
+    for row in rows:
+        values = []
+        for name, plain in columns:
+            value = row[name]
+            if plain:
+                known = last.get(name)
+                if known is None or known[0] is not value:
+                    known = last[name] = (value, json.dumps(value))
+                value = known[1]
+            values.append(value)
+        found.append(tuple(values))
+    return found
 
 
 def mark_published(conn: Connection, sent: Iterable[tuple[str, int]]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import OperationalError
 
-from controller.orders import MOST
+from controller.rollout.recovery import MOST
 from controller.store import rollouts as store
 from controller.store.database import open_control
 from controller.store.tables import decisions, desired, holds, metadata

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from controller import wake
 from controller.loop import Loop
+from controller.store.tables import desired
 from telemetry.report import HealthRow
+from telemetry.store.database import reading
 
 _SPEC = importlib.util.spec_from_file_location(
     "loop_story", Path(__file__).with_name("test_loop.py")
@@ -133,3 +136,74 @@ def test_a_bell_says_that_it_was_rung_until_it_is_heard(tmp_path: Path) -> None:
         assert not bell.rung()
     finally:
         bell.close()
+
+
+class Later:
+    """A broker that answers for a part when it is asked for the answer, as the real one does."""
+
+    def __init__(self) -> None:
+        self.up = True
+        self.said: list[str] = []  # what happened, in order
+        self.has: dict[str, bytes] = {}
+
+    def publish(self, messages: Any, **_more: Any) -> list[bool]:
+        return self.begin(messages)()
+
+    def begin(self, messages: Any) -> Any:
+        self.said.append(f"begin {len(messages)}")
+        taken = [self.up] * len(messages)
+        if self.up:
+            self.has.update(messages)
+
+        def answer() -> list[bool]:
+            self.said.append("answer")
+            return taken
+
+        return answer
+
+
+def _orders(story: Any, waiting: bool) -> set[str]:
+    with reading(story.engine) as conn:
+        found = conn.execute(select(desired.c.device).where(desired.c.published.is_(not waiting)))
+        return {row.device for row in found}
+
+
+def test_the_next_part_is_composed_before_the_broker_answers_for_the_last(
+    story: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controller.loop.FIRST", 4)
+    monkeypatch.setattr("controller.loop.PART", 5)
+    broker = Later()
+    story.loop._outbox._broker = broker
+    compose = story.loop._dispatch.compose
+
+    def noted(*args: Any, **named: Any) -> Any:
+        broker.said.append("compose")
+        return compose(*args, **named)
+
+    story.loop._dispatch.compose = noted
+    story.command("rollback", "cars")
+    story.loop.tick(story.world.now + 1)
+    assert broker.said[:5] == ["compose", "begin 4", "compose", "answer", "begin 5"]
+    assert broker.said[-1] == "answer"
+    assert _orders(story, waiting=True) == set()
+    assert {name.split("/")[2][:3] for name in broker.has} == {"car"}
+
+
+def test_what_the_broker_did_not_take_waits_and_leaves_once_it_is_back(
+    story: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controller.loop.FIRST", 4)
+    monkeypatch.setattr("controller.loop.PART", 5)
+    broker = Later()
+    broker.up = False
+    story.loop._outbox._broker = broker
+    story.command("rollback", "cars")
+    story.loop.tick(story.world.now + 1)
+    waiting = _orders(story, waiting=True)
+    assert len(waiting) > 4
+    assert [said for said in broker.said if said != "answer"] == ["begin 4"]
+    broker.up = True
+    story.loop.tick(story.world.now + 2)
+    assert _orders(story, waiting=True) == set()
+    assert {name.split("/")[2] for name in broker.has} == waiting
