@@ -262,10 +262,15 @@ def _reported(seen: DeviceRow | None) -> dict[str, Any]:
             "state": None,
             "reason": None,
             "blockedBy": [],
+            "attempt": None,
+            "term": 0,
+            "generation": 0,
             "components": {},
             "history": [],
             "lastContact": None,
+            "reportedAt": None,
             "online": False,
+            "log": "",
         }
     return {
         "state": None if seen.state is None else str(seen.state),
