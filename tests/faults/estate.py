@@ -7,8 +7,10 @@ held against the release meanwhile, mends it, and waits until the rollout has co
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from typing import Any
 import psutil
 
 from controller.cli import stage
-from controller.cli.story import Story, Wish
+from controller.cli.story import Story, Wish, version_of
 
 from .conftest import eventually
 
@@ -68,7 +70,9 @@ class Estate:
     root: Path
     database: str | None = None
     version: int = 0
-    standing: dict[str, int] = field(default_factory=dict)  # release → cars, as seen last
+    proven: str = "10.1.0"
+    standing: dict[str, int] = field(default_factory=dict)  # version → cars, as seen last
+    _documents: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.story = Story(
@@ -88,22 +92,39 @@ class Estate:
     # -- a rollout --------------------------------------------------------------------------------
 
     def roll_out(self) -> str:
-        """Commit the next version; answers it when the canary is being told."""
+        """Commit the next version; answers it when a car runs it."""
+        version = self.publish()
+        self.push(version)
+        eventually(lambda: self.standing_of(version) > 0, PATIENCE, f"a car runs {version}")
+        return version
+
+    def publish(self, *, boots: bool = True, fixes: str = "") -> str:
+        """The next version, whose document is committed by `push`."""
         self.version += 1
         version = f"10.2.{self.version}"
-        text = self.story._publish(version, self.story._bundle(version))
+        behaviour = stage.behaviour("none", 1.0) | ({} if boots else {"boot": "fail"})
+        file = self.root / f"{stage.COMPONENT}-{version}.tar.gz"
+        text = self.story._publish(version, stage.bundle(file, version, behaviour))
+        if fixes:
+            text = text.rstrip("\n") + f"\n  fixes: {stage.release_name(fixes)}\n"
+        self._documents[version] = text
+        return version
+
+    def push(self, version: str) -> None:
+        """Commit its rollout; back when that has opened."""
+        release = stage.release_name(version)
         words = {
             "rollout": stage.ROLLOUT,
             "fleet": stage.FLEET,
-            "release": stage.release_name(version),
+            "release": release,
             "silent": SILENT_AFTER,
         }
-        files = {f"releases/{version}.yaml": text, "rollout.yaml": ROLLOUT % words}
+        files = {
+            f"releases/{version}.yaml": self._documents[version],
+            "rollout.yaml": ROLLOUT % words,
+        }
         self.story.repository.commit(files, f"Roll out {version}")
-        release = stage.release_name(version)
         eventually(lambda: self.rollout(release), PATIENCE, f"{version} opens")
-        eventually(lambda: self.standing_of(version) > 0, PATIENCE, f"a car runs {version}")
-        return version
 
     def rollout(self, release: str) -> dict[str, Any]:
         """The newest rollout of a release; empty before there is one."""
@@ -120,16 +141,17 @@ class Estate:
         self.standing = self.story._counts()
         return self.standing.get(version, 0)
 
-    def completes(self, version: str) -> None:
+    def completes(self, version: str, cars: int = CARS) -> None:
         release = stage.release_name(version)
 
         def done() -> bool:
             self.story.children.check()
             seen = self.rollout(release)
             assert seen["state"] in UNDER_WAY | {"Completed"}, seen["sentence"]
-            return seen["state"] == "Completed" and self.standing_of(version) == CARS
+            return seen["state"] == "Completed" and self.standing_of(version) >= cars
 
         eventually(done, PATIENCE, f"{version} completes by itself")
+        self.proven = version
 
     def nothing_moves(self, version: str, seconds: float, settle: float) -> None:
         """From `settle` seconds on nothing widens, nobody is counted silent, nothing goes back."""
@@ -152,6 +174,58 @@ class Estate:
             if member and member["rollout"] == rollout and member["state"] in ("failed", "silent"):
                 found.append(f"{device['id']}: {member['state']} {member['reason']}")
         return found
+
+    def goes_back(self, version: str) -> None:
+        release = stage.release_name(version)
+        ended = ("RolledBack", "RollingBack")
+        eventually(lambda: self.rollout(release)["state"] in ended, PATIENCE, "it is caught")
+        eventually(lambda: self.story.repository.holds(), PATIENCE, "its hold is in Git")
+        state = "RolledBack"
+        eventually(lambda: self.rollout(release)["state"] == state, PATIENCE, "all are back")
+
+    def ordered(self, device: str) -> str:
+        """The version that a device was told last; empty before its first order."""
+        file = self.root / "state" / "control.db"
+        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db:
+            row = db.execute(
+                "SELECT components FROM desired WHERE device = ?", (device,)
+            ).fetchone()
+        told = json.loads(row[0]) if row else {}
+        return version_of(told[stage.COMPONENT]["release"]) if stage.COMPONENT in told else ""
+
+    def told(self, version: str, devices: list[str]) -> list[str]:
+        """Who of these was told this version, when somebody was."""
+        found: list[str] = []
+
+        def somebody() -> bool:
+            found[:] = [name for name in devices if self.ordered(name) == version]
+            return bool(found)
+
+        eventually(somebody, PATIENCE, f"one of {devices} is told {version}")
+        return found
+
+    # -- cars in processes of their own -----------------------------------------------------------
+
+    def enrol(self, name: str, count: int) -> list[str]:
+        """More cars, with perfect scores, that run by the process of this name; their ids."""
+        image = self.root / f"{stage.COMPONENT}-10.1.0.tar.gz"
+        words = ["--server", self.story.server, "--dir", str(self.root / name), "--name", name]
+        words += ["--devices", str(count), "--fleet", stage.FLEET, "--careful", "1"]
+        words += ["--history", "30", "--health-interval", "1", "--pace", str(stage.PACE)]
+        words += ["--factory", f"{stage.COMPONENT}={stage.release_name('10.1.0')}={image}"]
+        log = self.story.children.start(name, "simulate", *words)
+        eventually(lambda: '"history"' in log.read_text(), PATIENCE, f"{name} are on record")
+        names = [f"{name}-{n:04d}" for n in range(1, count + 1)]
+        up = f"{name} run {self.proven}, as newcomers do"
+        eventually(lambda: all(self.ran(n)[-1] == self.proven for n in names), PATIENCE, up)
+        return names
+
+    def ran(self, device: str) -> list[str]:
+        """By its own journal: every version that it has ever started, and what it runs now."""
+        journal = self.root / device.rpartition("-")[0] / device / "journal.db"
+        with contextlib.closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as db:
+            (body,) = db.execute("SELECT body FROM record").fetchone()
+        return [version_of(entry["release"]) for entry in json.loads(body)["history"]]
 
     # -- its processes ----------------------------------------------------------------------------
 

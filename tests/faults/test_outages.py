@@ -7,7 +7,9 @@ BELLWETHER_FAULT_SEED.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from .estate import CARS, SILENT_AFTER, Estate
+from .conftest import eventually
+from .estate import CARS, PATIENCE, SILENT_AFTER, Estate
 from .proxy import seed
 
 pytestmark = [
@@ -86,9 +89,30 @@ def test_controller_and_api_stand_still_and_wake(estate: Estate, dice: random.Ra
     estate.completes(version)
 
 
+def test_who_slept_through_rollback_and_fix_never_starts_the_fault(estate: Estate) -> None:
+    """Told the faulty release, and away before it could begin: frozen, or its power was cut."""
+    sleepers = [*estate.enrol("doze", 5), *estate.enrol("nap", 5)]
+    before = {name: estate.ran(name) for name in sleepers}
+    bad = estate.publish(boots=False)
+    with estate.frozen("doze", "doze.0", "nap", "nap.0"):
+        os.kill(estate.pid("nap.0"), signal.SIGKILL)
+        estate.push(bad)
+        told = estate.told(bad, sleepers)
+        estate.goes_back(bad)
+        fix = estate.publish(fixes=bad)
+        estate.push(fix)
+        estate.completes(fix)
+    eventually(
+        lambda: all(estate.ran(name)[-1] == fix for name in sleepers), PATIENCE, "they have the fix"
+    )
+    assert told
+    for name in sleepers:
+        assert estate.ran(name) == [*before[name], fix]
+
+
 def test_doctor_finds_nothing(estate: Estate) -> None:
     """After all of that."""
-    assert sum(estate.story._counts().values()) == CARS
+    assert sum(estate.story._counts().values()) >= CARS
     state = str(Path(estate.root) / "state")
     doctor = subprocess.run(
         [sys.executable, "-m", "controller.cli", "doctor", "--state-dir", state],
