@@ -154,10 +154,17 @@ def _adopts(chosen: Mapping[str, Told], catalog: Catalog) -> bool:
 
 
 def _left_alone(place: Place) -> bool:
+    """Does it wait for its turn to go back? Not from where a later rollout leads it on."""
     if place.begun:
         return False
-    running = {report.digest for report in place.running.values()}
-    return any(hold.id in place.stays and running & hold.artifacts for hold in place.holds)
+    led = {
+        component
+        for rollout, member in place.memberships
+        if member.arm is not Arm.CONTROL and member.state not in _NOT_TOLD
+        for component in rollout.artifacts
+    }
+    waiting = frozenset().union(*(h.artifacts for h in place.holds if h.id in place.stays))
+    return any(r.digest in waiting and c not in led for c, r in place.running.items())
 
 
 def _nothing(last: Order | None) -> Target | None:

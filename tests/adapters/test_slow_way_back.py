@@ -10,7 +10,7 @@ from controller.store.tables import decisions
 from device_agent.protocol import Kind, State
 from telemetry.store.database import reading
 
-from .test_loop import DIGESTS, Story, base, rollout, story  # noqa: F401 - a fixture
+from .test_loop import DIGESTS, Story, base, release, rollout, story  # noqa: F401 - a fixture
 
 SLOW = {"soak": "1h", "maxSoak": "2h"}
 STEPS = [
@@ -223,6 +223,26 @@ def test_devices_that_went_silent_on_their_way_back_count(story: Story) -> None:
             cars.world.say(name)
         cars.loop.tick(cars.world.now)
     assert "FROZEN — 2 devices failed to come back" in cars.rollout().sentence
+
+
+def test_a_fix_leads_on_who_stays_frozen(story: Story) -> None:  # noqa: F811
+    cars = widened(story)
+    names = on_it(cars)
+    cars.command("rollback")
+    tick(cars, 1)
+    for name in names[:2]:
+        fails(cars, name)
+    tick(cars, 2)
+    assert "FROZEN" in cars.rollout().sentence
+    fixing = [*base()[:-1], release("3.1", fixes="app-2")]
+    loose = {"failed": "80%", "lost": "80%"}
+    quick = [{**step, "soak": "1s", "maxSoak": "1h", "margins": loose} for step in STEPS]
+    cars.commit(*fixing, rollout("cars", "app-3.1", quick))
+    for _ in range(60):
+        tick(cars, 1, *names[2:])
+    assert cars.rollout().release == "app-3.1"
+    assert cars.versions().get("3.1", 0) > 30
+    assert cars.world.orders[names[-1]][-1].kind is Kind.INSTALL
 
 
 def test_zero_watches_nothing(story: Story) -> None:  # noqa: F811
