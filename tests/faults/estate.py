@@ -21,11 +21,12 @@ import psutil
 
 from controller.cli import stage
 from controller.cli.story import Story, Wish, version_of
+from telemetry.store import seen
 
 from .conftest import eventually
 
 CARS = 24
-SILENT_AFTER = 5.0  # seconds: what the outages are measured by
+SILENT_AFTER = 4.0  # seconds: what the outages are measured by
 PATIENCE = 240.0
 UNDER_WAY = frozenset({"Pending", "Progressing", "Soaking"})
 
@@ -220,6 +221,25 @@ class Estate:
         eventually(lambda: all(self.ran(n)[-1] == self.proven for n in names), PATIENCE, up)
         return names
 
+    def reroute(self, name: str, port: int) -> None:
+        """From now on these cars find their broker at another port."""
+        self.end(name)
+        for file in (self.root / name).glob("*/identity.json"):
+            identity = json.loads(file.read_text())
+            identity["broker"]["url"] = f"mqtt://127.0.0.1:{port}"
+            file.write_text(json.dumps(identity))
+        children = self.story.children
+        children.start(name, *children.words[name])
+
+    def end(self, name: str) -> None:
+        process = self.story.children.running.pop(name, None)
+        if process is not None:
+            process.terminate()
+            process.wait(60)
+
+    def broker_port(self) -> int:
+        return int((self.root / "state" / "broker.port").read_text())
+
     def ran(self, device: str) -> list[str]:
         """By its own journal: every version that it has ever started, and what it runs now."""
         journal = self.root / device.rpartition("-")[0] / device / "journal.db"
@@ -262,3 +282,22 @@ class Estate:
             for file in home.glob("mosquitto.db*"):
                 file.unlink()
             (home / "dynamic-security.json").unlink()
+
+
+def lost(state: Path, cars: Path) -> dict[tuple[str, str], list[int]]:
+    """(device, boot) → messages that the device no longer keeps and the server never counted."""
+    found: dict[tuple[str, str], list[int]] = {}
+    with contextlib.closing(sqlite3.connect(state / "telemetry.db")) as db:
+        boots = db.execute("SELECT device, boot, high, missing FROM telemetry_boots").fetchall()
+    for device, boot, high, missing in boots:
+        box = cars / device / "outbox.db"
+        if not box.exists():
+            continue  # another process has it
+        bits = seen.unpack(missing)
+        gaps = {high - 1 - k for k in range(bits.bit_length()) if bits >> k & 1} - {0}
+        with contextlib.closing(sqlite3.connect(box)) as kept:
+            rows = kept.execute("SELECT seq FROM message WHERE boot = ?", (boot,))
+            gaps -= {n for (n,) in rows}
+        if gaps:
+            found[device, boot] = sorted(gaps)
+    return found

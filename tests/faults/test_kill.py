@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from controller.cli import stage
 from controller.cli.story import Story, Wish
-from telemetry.store import seen
 
+from .estate import POLICY, lost
 from .proxy import seed
 
 pytestmark = [
@@ -33,24 +32,7 @@ pytestmark = [
 
 DEVICES = 90
 FEW = 40
-KILLS = 12  # of the short story, and of each round of the long one
-
-# Without a rate: so few cars prove what they can prove, that the update works.
-POLICY = f"""\
-apiVersion: bellwether.dev/v1
-kind: HealthPolicy
-metadata: {{name: {stage.POLICY}}}
-spec:
-  score:
-    preset: linear
-    window: 30d
-    minExposure: 20h
-    factors:
-      - {{metric: intervention, per: device_hour, good: "0.3", bad: "1.2", weight: 100}}
-  gates:
-    - {{metric: update_ok, type: proportion}}
-  engine: {{alpha: "0.002"}}
-"""
+KILLS = 9  # of the short story, and of each round of the long one
 
 
 class Killer:
@@ -149,24 +131,9 @@ def test_the_story_ends_the_same_whoever_is_killed(tmp_path: Path, pause: float)
 
 def assert_nothing_was_lost(root: Path, killer: Killer) -> None:
     assert killer.told_held == set()
-    assert lost(root) == {}
+    assert lost(root / "state", root / "cars") == {}
     doctor = subprocess.run(
         [sys.executable, "-m", "controller.cli", "doctor", "--state-dir", str(root / "state")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
-
-
-def lost(root: Path) -> dict[tuple[str, str], list[int]]:
-    """(device, boot) → messages that the device no longer keeps and the server never counted."""
-    found: dict[tuple[str, str], list[int]] = {}
-    with contextlib.closing(sqlite3.connect(root / "state" / "telemetry.db")) as db:
-        boots = db.execute("SELECT device, boot, high, missing FROM telemetry_boots").fetchall()
-    for device, boot, high, missing in boots:
-        bits = seen.unpack(missing)
-        gaps = {high - 1 - k for k in range(bits.bit_length()) if bits >> k & 1} - {0}
-        with contextlib.closing(sqlite3.connect(root / "cars" / device / "outbox.db")) as box:
-            kept = {n for (n,) in box.execute("SELECT seq FROM message WHERE boot = ?", (boot,))}
-        if gaps - kept:
-            found[device, boot] = sorted(gaps - kept)
-    return found

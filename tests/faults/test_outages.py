@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from .conftest import eventually
-from .estate import CARS, PATIENCE, SILENT_AFTER, Estate
-from .proxy import seed
+from .estate import CARS, PATIENCE, SILENT_AFTER, Estate, lost
+from .proxy import Proxy, moments, seed
 
 pytestmark = [
     pytest.mark.story,
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.xdist_group("story"),
 ]
 
-OUTAGE = 3 * SILENT_AFTER
+OUTAGE = 2.5 * SILENT_AFTER
 LONG = 24 * SILENT_AFTER
 
 
@@ -70,23 +70,49 @@ def test_ingest_away(estate: Estate, dice: random.Random, outage: float) -> None
     estate.completes(version)
 
 
-def test_all_cars_away_together(estate: Estate, dice: random.Random, outage: float) -> None:
-    """Their road is cut, or the machine that runs them stands still: it is not the release."""
+def test_all_cars_then_controller_and_api_stand_still_and_wake(
+    estate: Estate, dice: random.Random, outage: float
+) -> None:
+    """The road to the cars is cut: it is not the release. Who leads the rollout stands still."""
     version = estate.roll_out()
     time.sleep(dice.uniform(0.0, 1.5))
     with estate.frozen("simulate.0"):
         time.sleep(outage)
         assert not estate.harmed(estate.rollout(f"fsd-{version}")["id"])
-    estate.completes(version)
-
-
-def test_controller_and_api_stand_still_and_wake(estate: Estate, dice: random.Random) -> None:
-    version = estate.roll_out()
     for names in (("serve.controller",), ("serve.api",), ("serve.controller", "serve.api")):
         time.sleep(dice.uniform(0.0, 1.0))
         with estate.frozen(*names):
-            time.sleep(dice.uniform(1.0, 1.5 * SILENT_AFTER))
+            time.sleep(dice.uniform(0.5, SILENT_AFTER))
     estate.completes(version)
+
+
+@pytest.mark.long
+def test_cars_behind_a_broken_network(estate: Estate, outage: float) -> None:
+    """Cut, stalled, crawling, half open: they update once, and all that they say counts."""
+    number = seed()
+    proxy = Proxy("127.0.0.1", estate.broker_port())
+    try:
+        far = estate.enrol("far", 4)
+        before = {name: estate.ran(name) for name in far}
+        estate.reroute("far", proxy.port)
+        eventually(lambda: proxy.passed > 2_000, PATIENCE, "they are in touch")
+        version = estate.publish()
+        estate.push(version)
+        for fault, lasts, well in moments(number, int(outage / SILENT_AFTER) * 4):
+            proxy.become(fault)
+            time.sleep(lasts)
+            proxy.become("pass")
+            time.sleep(well)
+        estate.completes(version)
+        eventually(
+            lambda: all(estate.ran(name)[-1] == version for name in far), PATIENCE, "they have it"
+        )
+    finally:
+        estate.end("far")
+        proxy.close()
+    for name in far:
+        assert estate.ran(name) == [*before[name], version]
+    assert lost(estate.root / "state", estate.root / "far") == {}
 
 
 def test_who_slept_through_rollback_and_fix_never_starts_the_fault(estate: Estate) -> None:

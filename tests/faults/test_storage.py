@@ -77,31 +77,27 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def test_locked_databases(estate: Estate, dice: random.Random, rounds: int) -> None:
-    """Somebody else holds the lock for longer than we wait for it."""
+def test_locked_databases_and_a_full_disk(
+    estate: Estate, disk: Path, dice: random.Random, rounds: int
+) -> None:
+    """Somebody else holds the lock for a while; then there is no room for one more byte."""
     for _ in range(rounds):
         version = estate.roll_out()
         for name in ("control.db", "telemetry.db"):
             time.sleep(dice.uniform(0.0, 1.0))
             with closing(sqlite3.connect(estate.root / "state" / name, timeout=60.0)) as other:
                 other.execute("BEGIN IMMEDIATE")
-                time.sleep(dice.uniform(2.0, 8.0))
+                time.sleep(dice.uniform(1.0, 5.0))
                 other.rollback()
+        if os.path.ismount(disk):
+            time.sleep(dice.uniform(0.0, 1.0))
+            filler = fill(disk)
+            time.sleep(dice.uniform(2.0, 6.0))
+            filler.unlink()
         estate.completes(version)
 
 
-def test_a_full_disk(estate: Estate, disk: Path, dice: random.Random, rounds: int) -> None:
-    if not os.path.ismount(disk):
-        pytest.skip("only root may mount a small file system here")
-    for _ in range(rounds):
-        version = estate.roll_out()
-        time.sleep(dice.uniform(0.0, 1.0))
-        filler = fill(disk)
-        time.sleep(dice.uniform(3.0, 8.0))
-        filler.unlink()
-        estate.completes(version)
-
-
+@pytest.mark.long
 def test_git_gone_rewritten_and_corrupt(estate: Estate, dice: random.Random, rounds: int) -> None:
     """The rollout that has begun goes on; what Git says wrongly is shown, and not followed."""
     repository = estate.story.repository
