@@ -44,7 +44,10 @@ def demo(
     database: Annotated[
         str | None, typer.Option(help="postgresql+psycopg://… ; SQLite without it.")
     ] = None,
-    pids: Annotated[Path | None, typer.Option(help="Write our processes to this file.")] = None,
+    pids: Annotated[
+        Path | None,
+        typer.Option(help="Name our processes in this JSON file, kept current: serve.ingest, …"),
+    ] = None,
     output: Format = Output.TABLE,
 ) -> None:
     """Play the whole story: a commit, a canary, a fault, a rollback, a fix.
