@@ -289,8 +289,11 @@ class Recording:
         after = replace(rollout, flags={**rollout.flags, "hold": hold, "cause": action.reason})
         store.update_rollout(conn, rollout, after)
         self._memory.rollouts[rollout.id] = after
+        before = self._memory.holds
         self._memory.read_holds(conn)
         self._dispatch.touch(self._memory.members.get(rollout.id, {}))
+        # Others may run it as well: from the factory, by an earlier rollout, by a lost memory.
+        self._dispatch.touch(self._memory.concerned(before, self._listening.seen))
         self._rollcall.people(self._world(), now, {rollout.fleet})
 
 

@@ -290,12 +290,16 @@ class Device:
                 for component, digest in effect.to.items():
                     if digest is not None:  # lost slots come from the cache
                         self.disk.slots.setdefault(component, set()).add(digest)
-                return self.disk.switch(effect.to, self._about("back"))
+                reason = self.disk.switch(effect.to, self._about("back"))
+                self._fade()
+                return reason
         return None
 
     def _fade(self) -> None:
-        """A release that cuts its device off does so when it starts."""
-        if self._silenced() and self._connected:
+        """A release that cuts its device off does so when it starts; until another one does."""
+        if not self._silenced():
+            self._later(RECONNECT * (0.5 + self._chance.random()), self._reconnect)
+        elif self._connected:
             self._wire.disconnect(self.name)
             self._connected = False
             self.hear(agent.Disconnected())

@@ -148,6 +148,8 @@ def _unfinished(world: World) -> list[Finding]:
         record = device.journal.saved
         if record is None or not device.in_service or device.liar:
             continue
+        if row.at > world.now - 2 * QUIET:  # it is on its way: patience ended before its arrival
+            continue
         if (record.term, record.generation) < (row.term, row.generation):
             found.append(
                 Finding(

@@ -343,8 +343,10 @@ def _rejecting(
     base: Told | None,
     running: ComponentReport | None,
 ) -> ActiveHold | None:
+    """The newest that rejects it; one that sends devices back before one that lets them stay."""
     digest = base.digest if base else (running.digest if running else None)
-    return next((h for h in reversed(holds) if digest in h.artifacts), None)
+    found = [h for h in reversed(holds) if digest in h.artifacts]
+    return next((h for h in found if h.to != "stay"), found[0] if found else None)
 
 
 def _destination(

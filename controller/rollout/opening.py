@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from hashlib import sha256
 
@@ -38,10 +38,14 @@ from telemetry.report import DeviceRow
 FEWEST = 8  # devices that ran the faulty release: fewer, halved, prove nothing by themselves
 
 
-def decide(world: World, now: float) -> Iterator[Action]:
+def decide(world: World, now: float, moved: Collection[str] = ()) -> Iterator[Action]:
+    """`moved`: rollouts (ids) that this round has changed; their names wait for the next one."""
     if world.head is None or not world.head.asked:
         return
     for name in sorted(world.head.manifests.rollouts):
+        last = newest(world, name) if moved else None
+        if last is not None and last.id in moved:
+            continue
         yield from _one(world, world.head, world.head.manifests.rollouts[name], now)
 
 

@@ -20,7 +20,7 @@ Rules, in order of urgency:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from controller.rollout import approval, opening, recovery, retreat, step
@@ -53,9 +53,12 @@ def decide(world: World, now: float, awake: Awake | None = None) -> list[Action]
     told: set[str] = set()  # devices told in this turn: one component in flight per device
     for name in sorted(world.rollouts if awake is None else awake.rollouts):
         actions += _one(world, world.rollouts[name], told, now)
-    actions += _commands(world, now)
+    # Whoever was moved in this round is asked by others in the next one: they see it as it was.
+    moved = {action.rollout.id for action in actions if isinstance(action, Change)}
+    actions += _commands(world, moved, now)
+    moved |= {action.rollout.id for action in actions if isinstance(action, Change)}
     if (awake is None or awake.opening) and not world.blind:
-        actions += opening.decide(world, now)
+        actions += opening.decide(world, now, moved)
     return actions
 
 
@@ -129,13 +132,14 @@ def _end(world: World, rollout: Rollout, hold: ActiveHold, now: float) -> Iterat
     )
 
 
-def _commands(world: World, now: float) -> Iterator[Action]:
-    taken: set[str] = set()
+def _commands(world: World, moved: Iterable[str], now: float) -> Iterator[Action]:
+    taken = set(moved)
     for command in world.commands:
         rollout = world.rollouts.get(command.rollout or "")
         if rollout is not None and rollout.id in taken:
             continue  # one a rollout and round: the next one sees what this one did
-        taken.add(command.rollout or "")
+        if rollout is not None:
+            taken.add(rollout.id)
         yield from _command(command, rollout, now)
 
 

@@ -7,8 +7,9 @@ from sqlalchemy import func, select
 
 from bench.world import texts
 from bench.world.databases import Databases
+from bench.world.device import Nature
 from bench.world.world import World
-from controller.store.tables import holds
+from controller.store.tables import decisions, holds
 from device_agent.protocol import Desired, Kind, open_envelope
 from telemetry.store.database import reading
 
@@ -217,3 +218,57 @@ def test_a_hold_of_which_nothing_is_known_is_completed_later(world: World) -> No
         row = conn.execute(select(holds)).one()
     assert (row.fleet, row.artifacts) == ("cars", [texts.artifact("2")])
     assert world.check() == []
+
+
+def test_an_automatic_rollback_reaches_who_is_no_member(databases: Databases) -> None:
+    """Seed 40813: who ran it before the database was lost is not drawn, and goes back too."""
+    world = World(databases, "no member")
+    for n in range(12):
+        world.enrol(f"car-{n}", **({"ring": "canary"} if n < 4 else {}))
+    base = {"fleet.yaml": texts.fleet(), "policy.yaml": texts.policy()}
+    world.commit({**base, "1.yaml": texts.release("1")})
+    world.start()
+    world.run(6)
+    publish(world, "2")
+    world.run(4)  # the canaries run it
+    world.natures[texts.artifact("2")] = Nature(boots=0.0)
+    world.lose_control_database(backup=False)
+    world.run(12)
+    world.ask("resume")
+    world.run(0.5)
+    world.git_away(1_000)  # a hold that Git has makes everybody be looked at again
+    world.run(60)
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("1")}
+    assert world.check() == []
+
+
+def test_who_shall_go_back_does_so_though_a_later_hold_lets_devices_stay(world: World) -> None:
+    """Seed 40918: while nobody led, one person asked to go back and another one to stop."""
+    publish(world, "2")
+    world.run(9)
+    world.controller_away(20)
+    assert world.ask("rollback")
+    world.run(1)
+    assert world.ask("hold")
+    world.run(60)
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("1")}
+    assert world.check() == []
+
+
+def test_a_command_does_not_undo_what_its_rollout_did_in_the_same_round(world: World) -> None:
+    """Seed 40851: a step that was drawn when somebody paused was drawn a second time."""
+    fleet = texts.fleet().replace('"ring": "canary"', '"ring": "first"')
+    cars = texts.rollout("2", STEPS, {"silentAfter": "20s"})
+    world.commit({"fleet.yaml": fleet, "2.yaml": texts.release("2"), "cars.yaml": cars})
+    world.run(6)
+    world.register("car-9", ring="first")
+    world.ask("pause")
+    world.run(6)
+    world.ask("resume")
+    world.run(20)
+    assert world.check() == []
+    with reading(world.databases.control) as conn:
+        kinds = list(conn.execute(select(decisions.c.kind).order_by(decisions.c.id)).scalars())
+    assert kinds.count("draw") == 1, kinds
