@@ -39,7 +39,7 @@ log = structlog.get_logger()
 MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
 FIRST = 64  # orders of a rollback that are on the wire before the others are composed
 PART = 1_000  # devices whose orders are composed in one transaction
-EARS_NOTED = 5.0  # seconds between two notes of what we heard, where nothing else is written
+EARS_NOTED = 5.0  # seconds between two notes of what is heard during a rollout
 PARTS = 12  # in one tick: then whoever pressed a button meanwhile is heard first
 
 
@@ -263,8 +263,13 @@ class Loop:
         return taken
 
     def _must_note(self, now: float) -> bool:
-        due = now - self._ears_noted_at >= EARS_NOTED and not self._listening.blind
-        return due or self._notices != self._noted
+        if self._notices != self._noted:
+            return True
+        if self._listening.blind:
+            return False
+        if not self._rollcall.musters:  # nobody's silence is judged
+            return self._memory.ears is not None
+        return now - self._ears_noted_at >= EARS_NOTED
 
     def _note(self, conn: Connection, now: float) -> None:
         """What people read, and what the next one must know who looks after us."""
@@ -272,7 +277,9 @@ class Loop:
             store.put_meta(conn, "notices", self._notices)
             self._noted = self._notices
         if not self._listening.blind:
-            store.put_meta(conn, "ears", self._listening.ears.note(now))
+            under_way = bool(self._rollcall.musters)
+            self._memory.ears = self._listening.ears.note(now) if under_way else None
+            store.put_meta(conn, "ears", self._memory.ears)
             self._ears_noted_at = now
 
     def _score(self, now: float) -> None:

@@ -30,6 +30,7 @@ from controller.outcomes import board
 from controller.rollout import holdout as holdouts
 from controller.rollout import reconcile
 from controller.rollout.hindsight import retry, told
+from controller.rollout.model import Arm
 from controller.rollout.muster import Muster
 from controller.rollout.world import Head, Notice
 from controller.store import rollouts as store
@@ -531,6 +532,29 @@ def _counts(seen: Observations) -> list[object]:
     hard = seen.metric("hard")
     firsts = [(f.wave, f.band, f.d1, f.d0, f.y1, f.y0) for f in hard.firsts]
     return [firsts, [(t.wave, t.arm, t.devices, t.events, t.exposure) for t in hard.totals]]
+
+
+def test_cars_that_come_back_before_the_controller_make_nobody_silent(story: Story) -> None:
+    """All fell quiet together, which a controller saw that is gone; half of them are back."""
+    slow = [{"cohort": "canary", "soak": "1h"}, {"cohort": "general", "soak": "1h"}]
+    story.commit(*base(), rollout("cars", "app-2", slow))
+    story.run(6)
+    story.run(25, work=False)
+    story.world.now, story.world.heard = story.world.now + 20, story.world.heard + 20
+    back = [name for i, name in enumerate(sorted(story.world.rows)) if i % 2]
+    story.world.work(*back)
+    story.start()
+    for _ in range(5):
+        story.run(1, work=False)
+        story.world.work(*back)
+    members = story.loop._memory.members[story.rollout().id].values()
+    assert {m.state for m in members if m.arm is Arm.EXPOSED} == {"updated"}
+    for _ in range(120):  # who does not come back is silent all the same
+        story.run(1, work=False)
+        story.world.work(*back)
+    members = story.loop._memory.members[story.rollout().id].values()
+    states = {m.device: m.state for m in members if m.arm is Arm.EXPOSED}
+    assert {name for name, state in states.items() if state == "silent"} == states.keys() - {*back}
 
 
 def test_an_older_controller_is_fenced(story: Story) -> None:

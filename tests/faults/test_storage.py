@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from .conftest import eventually
@@ -98,10 +99,16 @@ def test_locked_databases_and_a_full_disk(
 
 
 @pytest.mark.long
-def test_git_gone_rewritten_and_corrupt(estate: Estate, dice: random.Random, rounds: int) -> None:
+def test_git_hangs_is_gone_rewritten_and_corrupt(
+    estate: Estate, dice: random.Random, rounds: int
+) -> None:
     """The rollout that has begun goes on; what Git says wrongly is shown, and not followed."""
     repository = estate.story.repository
     for _ in range(rounds):
+        version = estate.roll_out()
+        with a_git_that_hangs(estate):
+            estate.completes(version)
+
         version = estate.roll_out()
         time.sleep(dice.uniform(0.0, 1.0))
         away = repository.bare.rename(repository.bare.with_name("away.git"))
@@ -128,6 +135,27 @@ def test_git_gone_rewritten_and_corrupt(estate: Estate, dice: random.Random, rou
         accepted = functools.partial(is_accepted, estate, commit)
         eventually(accepted, PATIENCE, "it is read once it is whole")
         estate.completes(estate.roll_out())
+
+
+@contextmanager
+def a_git_that_hangs(estate: Estate) -> Iterator[None]:
+    """Stop whatever the controller asks of Git next, in the middle of it."""
+    controller, stopped = psutil.Process(estate.pid("serve.controller")), list[psutil.Process]()
+
+    def caught() -> bool:
+        with suppress(psutil.Error):
+            for process in controller.children(recursive=True):
+                process.suspend()
+                stopped.append(process)
+        return bool(stopped)
+
+    try:
+        eventually(caught, PATIENCE, "the controller asks Git")
+        yield
+    finally:
+        for process in stopped:
+            with suppress(psutil.Error):
+                process.resume()
 
 
 def is_accepted(estate: Estate, commit: str) -> bool:
