@@ -3,6 +3,9 @@
 The audit is the stream: its sequence numbers are the events' ids, so nothing is lost between two
 connections. One task reads it for all listeners; a listener that comes late, or falls behind, reads
 its own part from the database first.
+
+Who may see some fleets hears of these alone: a row is of the fleets that its rollout, its devices
+or its own words name. What is of no fleet (tokens, stops, logins) is for who may see all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import structlog
 from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
+from controller.roles import Principal
 from controller.store import views
 from telemetry.store.database import reading
 
@@ -34,6 +38,13 @@ class Row:
     action: str
     plain: dict[str, Any]
     text: str
+    fleets: frozenset[str]  # that it is of; empty: of none, or of all
+
+    def of(self, who: Principal) -> bool:
+        """Is it for this person?"""
+        if not who.fleets:
+            return True
+        return bool(self.fleets) and all(map(who.sees, self.fleets))
 
 
 class Events:
@@ -114,13 +125,18 @@ class Events:
     def _rows_after(self, seq: int) -> list[Row]:
         with reading(self._engine) as conn:
             found = views.list_audit(conn, after=seq, limit=_AT_ONCE)
-        return [Row(row["seq"], row["action"], row, json.dumps(row)) for row in found]
+            fleets = views.fleets_of_audit(conn, found)
+        return [
+            Row(row["seq"], row["action"], row, json.dumps(row), of)
+            for row, of in zip(found, fleets, strict=True)
+        ]
 
 
 async def stream(
-    events: Events, seq: int, *, lasts: float, beat: float
+    events: Events, seq: int, who: Principal, *, lasts: float, beat: float
 ) -> AsyncIterator[Row | None]:
-    """Rows after `seq` for `lasts` seconds; None for each `beat` seconds of silence."""
+    """Rows after `seq` that are for this person, for `lasts` seconds; None for each `beat` seconds
+    of silence."""
     loop = asyncio.get_running_loop()
     until = loop.time() + lasts
     while (left := until - loop.time()) > 0:
@@ -129,4 +145,5 @@ async def stream(
             yield None
         for row in rows:
             seq = row.seq
-            yield row
+            if row.of(who):
+                yield row

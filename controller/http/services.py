@@ -28,7 +28,6 @@ from controller.http.access import (
     Principal,
     Right,
     device_or_viewer,
-    must_everywhere,
     needs,
 )
 from controller.http.bodies import Id
@@ -190,7 +189,6 @@ async def git_webhook(request: Request, deps: Given) -> dict[str, str]:
 
 async def event_start(request: Request, who: Viewer) -> int:
     """The event after which the stream begins."""
-    must_everywhere(who, Right.VIEW, "the events tell of all of them")
     last = request.headers.get("last-event-id", "")
     if last and not (last.isascii() and last.isdigit() and len(last) < 16):
         raise Problem(
@@ -202,16 +200,17 @@ async def event_start(request: Request, who: Viewer) -> int:
 
 @api.get("/events", response_class=EventSourceResponse)
 async def events(
-    request: Request, start: Annotated[int, Depends(event_start)]
+    request: Request, who: Viewer, start: Annotated[int, Depends(event_start)]
 ) -> AsyncIterator[ServerSentEvent]:
     """What was recorded, as it is recorded; resume with Last-Event-ID.
 
     `id` is the number of the audit row, `event` its action (`verdict:roll_back`, `rollback`, …),
-    `data` the row. A stream ends after a minute; the client comes again by itself.
+    `data` the row. Who may see some fleets hears of these alone. A stream ends after a minute; the
+    client comes again by itself.
     """
     yield ServerSentEvent(retry=1000)
     hub: Events = request.app.state.events
-    async for row in stream(hub, start, lasts=EVENTS_LAST, beat=EVENTS_BEAT):
+    async for row in stream(hub, start, who, lasts=EVENTS_LAST, beat=EVENTS_BEAT):
         if row is None:
             yield ServerSentEvent(comment="still here")
             continue

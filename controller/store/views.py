@@ -27,6 +27,9 @@ from controller.store.tables import (
 )
 
 Plain = dict[str, Any]
+_OF_ROLLOUTS = frozenset(
+    {"rollback", "hold", "lift", "pause", "resume", "promote", "verdict", "state", "open", "draw"}
+)  # actions whose subject is a rollout's name
 
 
 def when(moment: float | None) -> str | None:
@@ -272,6 +275,38 @@ def list_audit(
         }
         for row in conn.execute(query)
     ]
+
+
+def fleets_of_audit(conn: Connection, rows: Sequence[Plain]) -> list[frozenset[str]]:
+    """The fleets that each audit row is of, by what it names: a fleet, a rollout, devices."""
+    named = {_rollout_of(row) for row in rows}
+    of_rollouts = select(rollouts.c.id, rollouts.c.name, rollouts.c.fleet).where(
+        rollouts.c.id.in_(named) | rollouts.c.name.in_(named)
+    )
+    known: dict[str, str] = {}
+    for rollout_id, name, fleet in conn.execute(of_rollouts.order_by(rollouts.c.id)):
+        known |= {rollout_id: fleet, name: fleet}
+    ids = {row["subject"] for row in rows if row["action"].startswith("device.")}
+    of_devices = select(devices.c.id, devices.c.fleet).where(devices.c.id.in_(ids))
+    places = {row.id: row.fleet for row in conn.execute(of_devices)}
+    return [_fleets_of(row, known, places) for row in rows]
+
+
+def _rollout_of(row: Plain) -> str:
+    """What an audit row says of its rollout: an id, or a name. A token may have the same name."""
+    verb = row["action"].partition(":")[0] in _OF_ROLLOUTS
+    return str(row["detail"].get("rollout") or (row["subject"] if verb else ""))
+
+
+def _fleets_of(
+    row: Plain, of_rollouts: Mapping[str, str], of_devices: Mapping[str, str]
+) -> frozenset[str]:
+    detail: Plain = row["detail"]
+    if isinstance(detail.get("devices"), Mapping):  # enrolled together: device → fleet
+        return frozenset(map(str, detail["devices"].values()))
+    place = of_devices.get(row["subject"]) if row["action"].startswith("device.") else None
+    named = (detail.get("fleet"), place, of_rollouts.get(_rollout_of(row)))
+    return frozenset(str(fleet) for fleet in named if fleet)
 
 
 def audit_head(conn: Connection) -> int:
