@@ -343,6 +343,25 @@ def test_a_measurement_is_not_waited_for() -> None:
     measured.close()
 
 
+def test_a_list_is_there_for_programs_page_by_page(house: Any) -> None:
+    house.client.post(
+        "/api/v1/devices", json=[{"id": f"car-{i:03}", "fleet": "eu"} for i in range(70)]
+    )
+    first = house.client.get("/devices?fleet=eu&format=csv")
+    assert first.headers["content-type"] == "text/csv; charset=utf-8"
+    assert first.text.splitlines()[1].startswith("car-000,eu,pending,")
+    following = re.fullmatch(r'<(.+)>; rel="next"', first.headers["link"])
+    assert following is not None
+    rest = house.client.get(following[1])
+    assert len(first.text.splitlines()) + len(rest.text.splitlines()) == 70 + 2
+    assert "link" not in rest.headers
+    for name in ("rollouts", "devices", "releases", "decisions", "audit"):
+        found = house.client.get(f"/{name}?format=json")
+        assert isinstance(found.json()["items"], list), name
+        assert f"/{name}?format=csv" in house.client.get(f"/{name}", headers=HTML).text
+    assert house.client.get("/devices?format=xml").status_code == 400
+
+
 def test_a_list_leads_from_page_to_page_to_its_end(house: Any) -> None:
     with writing(house.deps.engine) as conn:
         conn.execute(

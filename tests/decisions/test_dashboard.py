@@ -286,7 +286,8 @@ def test_an_outcome_that_cannot_be_measured_says_so() -> None:
     item = {"initiative": None, "product": "p", "outcomes": [outcome]}
     (found,) = board.initiatives([item, {**item, "outcomes": []}])
     assert found.name == "No initiative named"
-    assert found.rows[0][2].word == "Not measurable"
+    assert found.rows == ()
+    assert found.unmeasured == (("nobody was held out", (item,)),)
 
 
 def test_figures_read_as_people_write_them() -> None:

@@ -21,7 +21,6 @@ _VERDICT = {
     "better": ("Better", Tone.GOOD),
     "worse": ("Worse", Tone.BAD),
     "no difference shown": ("No difference shown", Tone.IDLE),
-    "not measurable": ("Not measurable", Tone.IDLE),
 }
 
 
@@ -44,11 +43,13 @@ class Scorecard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Initiative:
-    """What the releases of one initiative changed, newest first: (rollout, outcome, sign)."""
+    """What the releases of one initiative changed, newest first: (rollout, outcome, sign); and
+    what cannot be measured, by its reason: (why, rollouts)."""
 
     name: str
     product: str
     rows: tuple[tuple[Plain, Plain, Sign], ...]
+    unmeasured: tuple[tuple[str, tuple[Plain, ...]], ...]
 
 
 def scorecards(
@@ -93,13 +94,23 @@ def _figure(measure: Measure) -> Figure:
 def initiatives(items: Iterable[Plain]) -> tuple[Initiative, ...]:
     """Outcomes by initiative, as `controller.outcomes.board` tells them; a release without one
     stands under its product. A rollout whose policy declares no goal has nothing to show."""
-    groups: dict[tuple[str, str], list[tuple[Plain, Plain, Sign]]] = {}
+    measured: dict[tuple[str, str], list[tuple[Plain, Plain, Sign]]] = {}
+    unmeasured: dict[tuple[str, str], dict[str, list[Plain]]] = {}
     for item in items:
         key = (item["initiative"] or "No initiative named", item["product"] or "")
         for outcome in item["outcomes"]:
+            if outcome["verdict"] == "not measurable":
+                why = unmeasured.setdefault(key, {}).setdefault(str(outcome["sentence"]), [])
+                why.append(item)
+                continue
             word, tone = _VERDICT.get(outcome["verdict"], (outcome["verdict"], Tone.IDLE))
-            groups.setdefault(key, []).append((item, outcome, sign(word, tone)))
+            measured.setdefault(key, []).append((item, outcome, sign(word, tone)))
     return tuple(
-        Initiative(name=name, product=product, rows=tuple(rows))
-        for (name, product), rows in sorted(groups.items())
+        Initiative(
+            name=key[0],
+            product=key[1],
+            rows=tuple(measured.get(key, ())),
+            unmeasured=tuple((w, tuple(found)) for w, found in unmeasured.get(key, {}).items()),
+        )
+        for key in sorted({*measured, *unmeasured})
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from controller.http.dashboard.figures import seconds
+from controller.http.dashboard.figures import moment, seconds
 from controller.http.dashboard.rollout import step_name
 from controller.http.dashboard.signs import Sign, Tone, of_member, sign
 
@@ -184,11 +184,11 @@ def _drawn(device: Plain, newest: Plain, fixes: str | None) -> Check:
 def _reached(device: Plain) -> Check:
     question = "Can we reach it?"
     if device["online"]:
-        return _ask(question, Tone.GOOD, f"Online, last heard {device['lastContact']}.")
+        return _ask(question, Tone.GOOD, f"Online, last heard {moment(device['lastContact'])}.")
     if device["lastContact"] is None:
         return _ask(question, Tone.BAD, "It was never heard: is it enrolled and running?")
     return _ask(
-        question, Tone.BAD, f"Offline since {device['lastContact']}: it gets it at contact."
+        question, Tone.BAD, f"Offline since {moment(device['lastContact'])}: it gets it at contact."
     )
 
 

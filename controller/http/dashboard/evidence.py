@@ -95,14 +95,15 @@ def _guardrail(
     low, high = _band(one)
     estimate, limit = _number(one.get("estimate")), _number(one.get("margin"))
     write = percent if kind in ("outcome", "lost", "share") else number
+    times = " ×" if kind in ("silence", "events") else ""  # what is a ratio to the control group
     harm, safe = _number(one.get("harm")), _number(one.get("safe"))
     return Guardrail(
         name=name.replace("_", " "),
         kind=kind,
         what=_what(kind),
-        estimate=write(estimate),
-        band="—" if low is None else f"{write(low)} – {write(high)}",
-        limit="—" if limit is None else write(limit),
+        estimate="—" if estimate is None else f"{write(estimate)}{times}",
+        band="—" if low is None else f"{write(low)} – {write(high)}{times}",
+        limit="—" if limit is None else f"{write(limit)}{times}",
         control=_control(kind, counts),
         n=_n(counts),
         harm=harm,

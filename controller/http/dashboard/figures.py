@@ -90,7 +90,13 @@ def said(text: Any) -> Markup:
     return Markup("").join(marked)
 
 
+def gist(sentence: Any) -> str:
+    """The first clause of a sentence of the engine: the state and what decided it."""
+    return clip(sentence).partition("; ")[0]
+
+
 FILTERS = {
+    "gist": gist,
     "number": number,
     "percent": percent,
     "moment": moment,

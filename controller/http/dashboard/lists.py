@@ -1,12 +1,12 @@
 """The pages that list: rollouts, devices, releases, decisions, audit; page by page, by index.
 
 Each list takes its filters from the query and shows them as a form; `next` leads on. Beyond the
-last row the list is empty, never an error.
+last row the list is empty, never an error. `?format=json` and `?format=csv` answer the same rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -14,7 +14,7 @@ from fastapi import APIRouter, Query, Response
 
 from controller.http import paging
 from controller.http.access import must_everywhere
-from controller.http.dashboard import rendering
+from controller.http.dashboard import rendering, sheets
 from controller.http.dashboard.routes import Page, Scene
 from controller.http.dashboard.sights import decided, rows_of, told_of
 from controller.http.dashboard.signs import of_device, of_member
@@ -157,13 +157,35 @@ def _list(
     page: Scene, name: str, shown: Mapping[str, Any], wanted: Mapping[str, str], last: str
 ) -> Response:
     given = {key: text for key, text in wanted.items() if text}
-    following = ""
-    if last:
-        following = f"/{name}?" + urlencode({**given, "cursor": paging.cursor(last)})
+    following = {**given, "cursor": paging.cursor(last)} if last else {}
+    kind = page.request.query_params.get("format", "html")
+    if kind != "html":
+        return _sheet(name, shown["rows"], kind, following)
     with reading(page.deps.engine) as conn:
         stops = views.active_stops(conn)
+    here = {**given, **({"cursor": c} if (c := page.request.query_params.get("cursor")) else {})}
     whole = {
-        "stops": stops, "wanted": wanted, "filtered": bool(given), "next": following,
+        "stops": stops, "wanted": wanted, "filtered": bool(given),
+        "next": f"/{name}?{urlencode(following)}" if last else "",
+        "sheets": [(k, f"/{name}?" + urlencode({**here, "format": k})) for k in sheets.FORMATS],
         "title": name.capitalize(), **shown,
     }  # fmt: skip
     return rendering.page(page.request, f"{name}.html", page.who, whole)
+
+
+def _sheet(
+    name: str, rows: Sequence[Mapping[str, Any]], kind: str, following: Mapping[str, str]
+) -> Response:
+    """The rows of this page for a program; `Link` leads to the next ones."""
+    if kind not in sheets.FORMATS:
+        raise Problem(400, f"format: json or csv, not {kind[:20]!r}", pointer="query/format")
+    headers = {
+        "Cache-Control": "no-store",
+        "Content-Disposition": f'attachment; filename="{name}.{kind}"',
+    }
+    if following:
+        more = urlencode({**following, "format": kind})
+        headers["Link"] = f'</{name}?{more}>; rel="next"'
+    return Response(
+        sheets.sheet(name, rows, kind), media_type=sheets.FORMATS[kind], headers=headers
+    )

@@ -22,7 +22,10 @@ def terms(kind: str, seen: Plain) -> list[tuple[str, str]]:
             return list(_plan(Pinned.from_json(seen), seen.get("devices")))
         except (KeyError, ValidationError):
             pass  # pinned by an older version: what is known of it is told below
-    return [(key, str(seen[key])) for key in _OF_A_VERB if key in seen]
+    found = dict(seen)
+    if isinstance(step := found.get("step"), int):
+        found["step"] = step + 1  # people count from one
+    return [(key, str(found[key])) for key in _OF_A_VERB if key in found]
 
 
 def _plan(pinned: Pinned, devices: int | None) -> Iterator[tuple[str, str]]:

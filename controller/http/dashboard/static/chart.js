@@ -77,7 +77,16 @@
         { label: "to", stroke: band, width: 1, points: dots },
         { label: "limit", stroke: limit, width: 2, dash: [6, 4], points: dots },
       ],
+      hooks: { setCursor: [rest] },
     }, read(table), box);
+    rest(plot);
+  }
+
+  // Without a pointer on it the legend tells the last numbers, not dashes.
+  function rest(u) {
+    if (u.cursor.idx === null || u.cursor.idx === undefined || u.cursor.left < 0) {
+      u.setLegend({ idx: u.data[0].length - 1 });
+    }
   }
 
   function chooser(all, table) {
