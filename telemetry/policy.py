@@ -144,6 +144,7 @@ class Engine:
     pooled_rate: float = 0.8  # rates and levels
     alpha: float = 0.05  # P(ever rolling back a harmless release) ≤ alpha
     beta: float = 0.10  # P(widening a wave whose harm reaches the margin) ≤ beta
+    lean_limit: float = 2.0  # evidence of harm A above which no wave widens
     weights: Weights = field(default_factory=Weights)
 
     # K1, shares of devices
@@ -172,6 +173,9 @@ class Engine:
     repeat_cap: int = 2  # a device's events count up to cap + cap_per × ⌈expected⌉
     repeat_cap_per: int = 3
     repeat_min_events: int = 10  # per arm
+    repeat_own_events: int = 40  # per arm, from which on a hardware's repeats are compared alone
+    modest_ratio: float = 1.5  # of a repeat rate: the rise that half of its evidence bets on
+    modest_weight: float = 0.5
     sparse_share: float = 0.20  # of messages with an event: up to here a message counts once
     baseline_days: float = 14.0  # own pre-period, at most
 
@@ -207,6 +211,9 @@ class Engine:
         for name in ("failed_budget", "lost_budget", "first_share_limit"):
             value = getattr(self, name)
             _require(0 < _finite(value) < 1, f"engine.{name} must be in (0, 1)")
+        _require(_finite(self.lean_limit) >= 1, "engine.lean_limit must be 1 or more")
+        _require(_finite(self.modest_ratio) > 1, "engine.modest_ratio must be above 1")
+        _require(0 <= _finite(self.modest_weight) <= 1, "engine.modest_weight must be in [0, 1]")
         for name in ("ratio_margins", "failed_margins", "lost_margins", "level_loosening"):
             values = getattr(self, name)
             _require(

@@ -27,12 +27,15 @@ POLICY = Policy(
     name="plan-4",
     gates=(Gate(metric="update_ok", type=GateType.PROPORTION), INCIDENT, WARMTH),
     engine=Engine(
-        failed_margins=(0.08, 0.04, 0.01),
-        ratio_margins=(4.0, 2.0, 1.3),
-        weights=Weights(outcome=0.20, lost=0.08, silence=0.05, events=0.47, levels=0.2),
+        failed_margins=(0.08, 0.04, 0.013),
+        ratio_margins=(2.0, 1.6, 1.3),
+        first_weight=0.1,
+        late_weight=0.1,
+        pooled_rate=0.9,
+        weights=Weights(outcome=0.20, lost=0.08, silence=0.03, events=0.58, levels=0.11),
     ),
 )
-CONTROLS = 20
+CONTROLS = 6  # a device: more would leave none for the third wave
 RAMP = (1, 1, 1, 1)  # hours over which a wave's orders are given
 
 
@@ -50,6 +53,8 @@ class Ours(Rollout):
         self.enrolled: Bools = np.zeros(devices, dtype=np.bool_)  # as control, and heard
         self.grown = 0  # devices that this wave took beyond its plan
         self.wave_of = np.full(devices, -1)
+        # What was reported before a device counted is its own past, as the ledger has it.
+        self.before = np.zeros((4, devices))  # hours, messages, incidents' hours, Σ temperature
         self.silent: Bools = np.zeros(devices, dtype=np.bool_)
         self.silence = {h: first_events.flat(policy.engine) for h in range(len(HARDWARE))}
         self.counts = np.zeros((len(HARDWARE), 4), dtype=np.int64)
@@ -102,13 +107,16 @@ class Ours(Rollout):
             names = [HARDWARE[h] for h in fleet.hardware[here]]
             units = tally.enrol_all(int(wave), names, 0, exposed)
             self.unit[here] = units
-            hours = fleet.past_hours[here].astype(float)
+            since, messages, eventful, warmth = self.before[:, here]
+            hours = fleet.past_hours[here] + since
             tally.past("hours")[units] = hours
             tally.past("messages")[units] = hours
-            tally.past("events incident")[units] = fleet.past_messages[here]
-            tally.past("eventful incident")[units] = fleet.past_incidents[here]
+            tally.past("events incident")[units] = fleet.past_messages[here] + messages
+            tally.past("eventful incident")[units] = fleet.past_incidents[here] + eventful
             tally.past("n temperature")[units] = hours
-            tally.past("sum temperature")[units] = hours * fleet.past_warmth[here]
+            tally.past("sum temperature")[units] = (
+                fleet.past_hours[here] * fleet.past_warmth[here] + warmth
+            )
 
     def fold(self, hour: Hour) -> None:
         reports, _, messages, warmth = self.seen(hour)
@@ -116,6 +124,13 @@ class Ours(Rollout):
         counted = reports & (self.unit >= 0)
         counted &= np.where(self.started, self.running(hour.at), self.enrolled)
         who = np.flatnonzero(counted)
+        idle = np.flatnonzero(reports & (self.unit < 0) & ~self.started)
+        self.before[:, idle] += (
+            np.ones(idle.size),
+            messages[idle],
+            messages[idle] > 0,
+            np.clip(warmth[idle], self.low, self.high),
+        )
         self.tally.fold(
             Rollup(
                 unit=self.unit[who],

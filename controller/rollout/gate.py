@@ -7,7 +7,8 @@ Pure: a `Case` in, a `Judgement` out; the case is stored with the decision and j
    both reached) → roll back. One device below that waits for a person.
 2. A = Σ w·E ≥ 1/α → roll back. The weights are shared out over the guardrails that the policy has,
    so that a policy with `update_ok` alone can still roll back, and P(false) stays ≤ α.
-3. Soaked, enough of the updated report, arms report evenly, and every F ≥ 1/β → widen.
+3. Soaked, enough of the updated report, arms report evenly, every F ≥ 1/β, and A does not lean to
+   harm (`lean_limit`) → widen.
 4. At the maximum soak: inconclusive where nothing speaks against it (A ≤ 1), else wait and page.
 5. Wait otherwise. NaN and missing data pass no gate; no events is not "safe".
 
@@ -168,10 +169,7 @@ def judge(case: Case) -> Judgement:
     if stopped:
         return _judgement(case, Verdict.ROLL_BACK, f"ROLLED BACK — {stopped}", numbers)
     if total >= 1 / engine.alpha:
-        worst = max(
-            zip(weights, readings, strict=True),
-            key=lambda pair: pair[0] * pair[1].harm if pair[1].harm >= 0 else 0.0,
-        )[1]
+        worst = _worst(readings, weights)
         sentence = (
             f"ROLLED BACK — {worst.says}; evidence of harm {_figure(total)}, limit "
             f"{_figure(1 / engine.alpha)}"
@@ -179,6 +177,9 @@ def judge(case: Case) -> Judgement:
         return _judgement(case, Verdict.ROLL_BACK, sentence, numbers | {"binding": worst.name})
     page = _page(case)
     missing = _missing(case, readings, proofs)
+    leaning = _leaning(case, readings, weights, total)
+    if leaning:
+        missing.insert(0, ("lean", leaning))
     if page:
         sentence = f"WAITING — {page}"
         return _judgement(case, Verdict.WAIT, sentence, numbers | {"page": True})
@@ -201,6 +202,23 @@ def judge(case: Case) -> Judgement:
         )
         return _judgement(case, Verdict.WAIT, sentence, numbers | {"page": True})
     return _judgement(case, Verdict.WAIT, f"WAITING — {words}{more}", numbers)
+
+
+def _leaning(case: Case, readings: list[Reading], weights: list[float], total: float) -> str:
+    """Not enough to roll back, too much to give the release to more devices. Spends no α."""
+    engine = case.policy.engine
+    if total <= engine.lean_limit:
+        return ""
+    return (
+        f"{_worst(readings, weights).says}: the evidence leans to harm ({_figure(total)} of "
+        f"{_figure(1 / engine.alpha)}, no wave widens above {_figure(engine.lean_limit)})"
+    )
+
+
+def _worst(readings: list[Reading], weights: list[float]) -> Reading:
+    """The guardrail that speaks loudest against the release."""
+    pairs = zip(weights, readings, strict=True)
+    return max(pairs, key=lambda pair: pair[0] * pair[1].harm if pair[1].harm >= 0 else 0.0)[1]
 
 
 def needed(policy: Policy, step: StepLimits, *, controls_per_device: float = 5.0) -> dict[str, Any]:

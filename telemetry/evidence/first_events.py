@@ -26,6 +26,7 @@ from telemetry.evidence.curves import Array
 from telemetry.policy import Engine
 
 Tick = tuple[float, float, float, float]  # d1, d0, y1, y0
+_FEW = 16  # ticks that cost less to add up than to sort
 
 
 def flat(engine: Engine) -> Array:
@@ -47,9 +48,10 @@ def curve(engine: Engine, ticks: Iterable[Tick] | npt.NDArray[np.generic]) -> Ar
     grid = curves.ratio_grid(engine)
     d1, d0, y1, y0 = table.T
     w = np.divide(y1, y1 + y0, out=np.zeros_like(y1), where=(y1 + y0) > 0)
-    # Same risk-set shares are gathered first: a fleet's ticks repeat them.
-    shares, which = np.unique(w, return_inverse=True)
-    both = np.bincount(which.reshape(-1), weights=d1 + d0, minlength=shares.size)
+    shares, both = w, d1 + d0
+    if w.size > _FEW:  # the same risk-set shares are gathered first: a fleet's ticks repeat them
+        shares, which = np.unique(w, return_inverse=True)
+        both = np.bincount(which.reshape(-1), weights=both, minlength=shares.size)
     gathered = np.log1p(np.outer(shares, grid - 1))
     result: Array = d1.sum() * np.log(grid) - both @ gathered
     return result

@@ -273,17 +273,23 @@ def _rate_harm(
 ) -> float:
     if controls:
         ell = _curve(engine, gate, seen, hardware)
-        tau, late = engine.ratio_prior, engine.late_weight
+        late = engine.late_weight
         repeats = _repeats(engine, gate, seen.repeats, hardware)
         later = _repeats(engine, gate, seen.late, hardware)
-        repeated = levels.harm(repeats, tau) * (1 - late - engine.first_weight)
+        repeated = _repeats_harm(engine, repeats) * (1 - late - engine.first_weight)
         first = engine.first_weight * first_events.harm(engine, ell)
-        return first + repeated + late * levels.harm(later, tau)
+        return first + repeated + late * _repeats_harm(engine, later)
     budget = gate.budget_rate()
     if budget is None:
         return 1.0  # own past alone is advisory: nothing to judge against
     firsts, exposure, _ = _at_risk(seen, hardware)
     return first_events.budget_harm(engine, firsts, exposure, budget[0])
+
+
+def _repeats_harm(engine: Engine, repeats: levels.Normal) -> float:
+    """A mean of the bet on a modest rise and of the mixture over all: large ones are seen anyway."""
+    modest = engine.modest_weight * levels.harm_at(repeats, math.log(engine.modest_ratio))
+    return modest + (1 - engine.modest_weight) * levels.harm(repeats, engine.ratio_prior)
 
 
 def _mixed(engine: Engine, first: float, repeated: float) -> float:
@@ -334,7 +340,7 @@ def _repeats(
     pairs = []
     for part in chosen:
         pair = (part.exposed, part.control)
-        if min(arm.y for arm in pair) >= engine.repeat_min_events:
+        if min(arm.y for arm in pair) >= engine.repeat_own_events:
             pairs.append(pair)
         else:  # too few for themselves: with the others of their wave
             one, zero = waves.get(part.wave, (levels.Sums(), levels.Sums()))

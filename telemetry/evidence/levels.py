@@ -30,6 +30,7 @@ from telemetry.policy import Engine
 
 _NORMAL = NormalDist()
 _MANY = 1e4  # degrees of freedom that make Student's t a normal
+_LEAN = 30.0  # devices with events from which on an arm's own scatter outweighs that of all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +112,27 @@ def repeat(pairs: Iterable[Pair], min_events: float, rule: Rule | None = None) -
     wide = max(1.0, scatter / events) if events else 1.0
     total = Normal()
     for one, zero in pairs:
-        parts = [(max(_clustered(arm), wide / arm.y), _contributors(arm)) for arm in (one, zero)]
-        variance, df = _welch(parts)
+        variance, df = _welch([_scatter(arm, wide) for arm in (one, zero)])
         dispersion = variance / (1 / one.y + 1 / zero.y)
         z = _root_deviance(one, zero) / math.sqrt(dispersion)
         total += (rule or _normal)(z * math.sqrt(variance), variance, df)
     return total
+
+
+def _scatter(arm: Sums, wide: float) -> tuple[float, float]:
+    """(variance of log ΣO, its degrees of freedom).
+
+    The arm's own scatter, leaning on the dispersion `wide` of all arms while few devices have spoken,
+    and never below it. Only what exceeds Poisson's 1/ΣO is estimated, so only that part has few
+    degrees of freedom (Satterthwaite): where no device had a second event the binomial is exact.
+    """
+    own, devices = _clustered(arm) * arm.y, _contributors(arm)
+    lean = _LEAN / (devices + _LEAN)
+    variance = max(wide, lean * wide + (1 - lean) * own) / arm.y
+    estimated = variance - 1 / arm.y
+    if estimated <= 1e-9 * variance:
+        return variance, _MANY
+    return variance, min(_MANY, devices * (variance / estimated) ** 2)
 
 
 def _contributors(arm: Sums) -> float:
@@ -144,6 +160,17 @@ def harm(normal: Normal, scale: float) -> float:
     return _evidence(normal.s, normal.i, scale)
 
 
+def harm_at(normal: Normal, rise: float) -> float:
+    """E that bets on one increase: the likelihood ratio of `rise` to none; 1.0 without information.
+
+    Of all bets on increases of at least `rise` the one that grows fastest in the worst case
+    (Grünwald, de Heide & Koolen 2024); a mixture pays half a nat or more for not knowing.
+    """
+    if not (math.isfinite(normal.s) and math.isfinite(normal.i)):
+        return math.nan
+    return bounded(rise * normal.s - 0.5 * rise * rise * normal.i)
+
+
 def safe(normal: Normal, margin: float, scale: float) -> float:
     """F against "an increase of `margin` or more"."""
     return _evidence(-(normal.s - margin * normal.i), normal.i, scale)
@@ -169,6 +196,8 @@ def normal_of_t(t: float, df: float) -> float:
     """The normal value with the same one-sided p as t under Student's t with df degrees."""
     if not math.isfinite(t) or df <= 0:
         return math.nan
+    if df >= _MANY:
+        return t
     tail = student_tail(abs(t), df)
     z = -_NORMAL.inv_cdf(tail) if tail > 1e-300 else 37.0
     return math.copysign(max(0.0, z), t)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from controller.rollout.gate import StepLimits, needed
 from telemetry.evidence import first_events, levels, outcome
@@ -87,6 +88,48 @@ def test_repeat_is_the_log_ratio_with_the_scatter_of_devices() -> None:
         draws.append(math.log(ratio))
     assert found.estimate == pytest.approx(truth, rel=0.05)
     assert found.i**-0.5 == pytest.approx(float(np.std(draws)), rel=0.12)
+
+
+def test_only_what_exceeds_poisson_has_few_degrees_of_freedom() -> None:
+    # Fifteen events of fifteen devices: the binomial, not Student's t of fourteen.
+    rare = Sums(n=600, y=15, x=8.0, yy=15, xy=0.2, xx=8.0**2 / 600)
+    many = Sums(n=3000, y=40, x=40.0, yy=40, xy=0.5, xx=40.0**2 / 3000)
+    found = levels.repeat([(rare, many)], 10)
+    exact = stats.norm.isf(stats.binom.sf(14, 55, 8 / 48))
+    assert found.s / math.sqrt(found.i) == pytest.approx(exact, abs=0.3)
+    # The same events of three devices are three observations.
+    burst = Sums(n=600, y=15, x=8.0, yy=75, xy=0.2, xx=8.0**2 / 600)
+    loud = levels.repeat([(burst, many)], 10)
+    assert loud.s / math.sqrt(loud.i) < 0.7 * found.s / math.sqrt(found.i)
+
+
+def test_few_devices_lean_on_the_scatter_of_all() -> None:
+    # By luck none of ten devices had two events, but their fleet bursts: they may not claim Poisson.
+    calm = Sums(n=200, y=10, x=5.0, yy=10, xy=0.25, xx=0.125)
+    bursting = Sums(n=1000, y=200, x=200.0, yy=1600, xy=40, xx=40)
+    steady = Sums(n=1000, y=200, x=200.0, yy=240, xy=40, xx=40)
+    wild = levels.repeat([(calm, bursting)], 10)
+    mild = levels.repeat([(calm, steady)], 10)
+    assert wild.s / math.sqrt(wild.i) < 0.6 * mild.s / math.sqrt(mild.i)
+
+
+@pytest.mark.parametrize("information", [0.5, 10.0, 60.0])
+def test_a_bet_on_one_rise_is_an_e_value_and_the_best_one_there(information: float) -> None:
+    rise, root = math.log(1.5), math.sqrt(information)
+    z = np.linspace(-12, 12, 20_001)
+
+    def mean(truth: float) -> float:
+        bets = [
+            levels.harm_at(levels.Normal(s=root * x + truth * information, i=information), rise)
+            for x in z
+        ]
+        return float(np.trapezoid(np.array(bets) * stats.norm.pdf(z), z))
+
+    assert mean(0.0) == pytest.approx(1.0, abs=1e-3)
+    assert mean(-0.2) < 1.0
+    there = levels.Normal(s=rise * information, i=information)
+    assert levels.harm_at(there, rise) > levels.harm(there, math.log(2)) * (information > 1)
+    assert math.isnan(levels.harm_at(levels.Normal(s=math.nan, i=1.0), rise))
 
 
 def test_few_events_are_not_compared() -> None:
