@@ -287,7 +287,7 @@ def _rate_harm(
 
 
 def _repeats_harm(engine: Engine, repeats: levels.Normal) -> float:
-    """A mean of the bet on a modest rise and of the mixture over all: large ones are seen anyway."""
+    """A mean of the bet on a modest rise and of the mixture over all: large ones are seen."""
     modest = engine.modest_weight * levels.harm_at(repeats, math.log(engine.modest_ratio))
     return modest + (1 - engine.modest_weight) * levels.harm(repeats, engine.ratio_prior)
 

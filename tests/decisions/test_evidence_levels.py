@@ -104,7 +104,7 @@ def test_only_what_exceeds_poisson_has_few_degrees_of_freedom() -> None:
 
 
 def test_few_devices_lean_on_the_scatter_of_all() -> None:
-    # By luck none of ten devices had two events, but their fleet bursts: they may not claim Poisson.
+    # By luck none of ten devices had two events, but their fleet bursts: no claim of Poisson.
     calm = Sums(n=200, y=10, x=5.0, yy=10, xy=0.25, xx=0.125)
     bursting = Sums(n=1000, y=200, x=200.0, yy=1600, xy=40, xx=40)
     steady = Sums(n=1000, y=200, x=200.0, yy=240, xy=40, xx=40)
