@@ -123,8 +123,9 @@ def _scatter(arm: Sums, wide: float) -> tuple[float, float]:
     """(variance of log ΣO, its degrees of freedom).
 
     The arm's own scatter, leaning on the dispersion `wide` of all arms while few devices have
-    spoken, and never below it. Only what exceeds Poisson's 1/ΣO is estimated, so only that part has
-    few degrees of freedom (Satterthwaite): where no device had a second event the binomial is exact.
+    spoken, and never below it. Only what exceeds Poisson's 1/ΣO is estimated, so only that part
+    has few degrees of freedom (Satterthwaite): where no device had a second event the binomial is
+    exact.
     """
     own, devices = _clustered(arm) * arm.y, _contributors(arm)
     lean = _LEAN / (devices + _LEAN)

@@ -138,7 +138,7 @@ def test_a_wave_whose_evidence_leans_to_harm_does_not_widen() -> None:
 
 @pytest.mark.parametrize("limit", [math.nan, math.inf, 0.5, -1.0])
 def test_a_limit_of_leaning_that_would_stop_a_clean_step_is_refused(limit: float) -> None:
-    with pytest.raises(ValueError, match="lean_limit|finite|number"):
+    with pytest.raises(ValueError, match=r"lean_limit|finite|number"):
         Engine(lean_limit=limit)
 
 
