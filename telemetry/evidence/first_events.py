@@ -51,7 +51,8 @@ def curve(engine: Engine, ticks: Iterable[Tick] | npt.NDArray[np.generic]) -> Ar
     shares, both = w, d1 + d0
     if w.size > _FEW:  # the same risk-set shares are gathered first: a fleet's ticks repeat them
         shares, which = np.unique(w, return_inverse=True)
-        both = np.bincount(which.reshape(-1), weights=both, minlength=shares.size)
+        gathering = np.bincount(which.reshape(-1), weights=both, minlength=shares.size)
+        both = gathering.astype(np.float64)
     gathered = np.log1p(np.outer(shares, grid - 1))
     result: Array = d1.sum() * np.log(grid) - both @ gathered
     return result
