@@ -1,4 +1,4 @@
-"""A fleet that reports at a steady rate, until its time is over.
+"""A fleet that reports at a steady rate, until its time is over or its parent is gone.
 
 `python -m bench.pressure PORT RATE SECONDS SEED` makes each second's messages as it goes, publishes
 them at QoS 1, and says `publishing` with the first. A thousand cars of `bench.load`, with a boot of
@@ -7,6 +7,7 @@ their own, so that nothing of it is a repetition of another run.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -23,8 +24,8 @@ def main() -> None:
     dice, boot = random.Random(seed), f"b{int(time.time())}"
     session = Session(int(port), f"bench-pressure-{int(seed)}")
     print("publishing", flush=True)
-    began, number = time.monotonic(), 0
-    while time.monotonic() < began + seconds:
+    began, number, parent = time.monotonic(), 0, os.getppid()
+    while time.monotonic() < began + seconds and os.getppid() == parent:
         some = [_packet(dice, boot, n) for n in range(number, number + max(1, int(rate / 20)))]
         time.sleep(max(0.0, began + number / rate - time.monotonic()))
         session.publish(some)

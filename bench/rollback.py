@@ -4,7 +4,11 @@ Real processes on one machine: `serve --role api`, `controller` and `ingest`, a 
 own, SQLite. The call is a `POST /api/v1/rollouts/NAME:rollback`; the other end is a subscriber
 that notes when the kernel handed it each order. Every order that came is opened and its signature
 checked for its device afterwards. Completed rollouts are rolled back, one after the other, each of
-a fleet of its own; a further fleet soaks, and the load is its telemetry.
+a fleet of its own; a further fleet soaks, and the load is its telemetry. Afterwards the load is
+counted: a measurement that ingest fell behind in says so.
+
+Where the time goes: until the turn of the loop begins that carries the call out (the order says
+when it was issued), and from there until it is on the wire (decided, signed, committed, published).
 
 The floors are measured in the same run: as many messages published alone, pipelined; as many
 signatures alone.
@@ -32,15 +36,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
     Ed25519PublicKey,
 )
+from sqlalchemy import Engine, func, select
 
 from bench import load, planted, servers
 from bench.report import Options, Row
 from bench.world import texts
 from controller.keys import DirectorKey
 from controller.store.database import open_control
+from controller.store.tables import desired
 from device_agent.protocol import Kind, open_envelope
-from telemetry.store.database import open_engine
-from telemetry.store.tables import create_schema
+from telemetry.store.database import open_engine, reading
+from telemetry.store.tables import create_schema, health
 
 SMALL = 10  # devices of a small rollout
 CALLS = 120  # rollbacks of small rollouts
@@ -58,6 +64,7 @@ class Timed:
     """One rollback, in milliseconds from the call."""
 
     answer: float
+    turn: float  # until the loop's turn began
     first: float
     last: float
 
@@ -76,19 +83,25 @@ def run(options: Options) -> list[Row]:
     ):
         for fleet in fleets[:3]:  # the first ones warm up
             system.rollback(fleet)
+        load_began = system.load()
         small = [system.rollback(fleet) for fleet in fleets[3:]]
         sizes = {
             size: [system.rollback(fleet) for fleet in large if fleet.size == size]
             for size in LARGE
         }
+        committed = system.load().since(load_began)
         system.check()
-        floors = list(_floors(system.port))
-        rate = system.rate
-    return [
-        *_rows(small, sizes),
-        *floors,
-        Row(name="load on ingest", value=rate, unit="messages/s"),
-    ]
+    with tempfile.TemporaryDirectory(prefix="bellwether-bench-") as folder:
+        floors = list(_floors(Path(folder)))
+    load_row = Row(
+        name="load that ingest committed meanwhile",
+        value=committed,
+        unit="messages/s",
+        limit=0.9 * system.rate,
+        better="higher",
+        peer="0.9 of half of what it takes alone",
+    )
+    return [*_rows(small, sizes), load_row, *floors]
 
 
 def _rows(small: Sequence[Timed], sizes: dict[int, list[Timed]]) -> Iterator[Row]:
@@ -101,13 +114,9 @@ def _rows(small: Sequence[Timed], sizes: dict[int, list[Timed]]) -> Iterator[Row
         peer="promise",
         more={"p50": round(statistics.median(first), 1), "max": round(first[-1], 1)},
     )
-    answers = sorted(timed.answer for timed in small)
-    yield Row(
-        name="call to its answer, p99",
-        value=answers[math.ceil(0.99 * len(answers)) - 1],
-        unit="ms",
-        more={"p50": round(statistics.median(answers), 1), "max": round(answers[-1], 1)},
-    )
+    yield _stage("of it: until its turn of the loop, p99", [timed.turn for timed in small])
+    yield _stage("of it: from there to the wire, p99", [t.first - t.turn for t in small])
+    yield _stage("call to its answer, p99", [timed.answer for timed in small])
     for size, found in sizes.items():
         last = [timed.last for timed in found]
         yield Row(
@@ -118,9 +127,32 @@ def _rows(small: Sequence[Timed], sizes: dict[int, list[Timed]]) -> Iterator[Row
             peer="promise",
             more={
                 "p50": round(statistics.median(last), 1),
-                "max": round(max(timed.first for timed in found), 1),
+                "first_max": round(max(timed.first for timed in found), 1),
+                "turn_max": round(max(timed.turn for timed in found), 1),
             },
         )
+
+
+def _stage(name: str, times: Sequence[float]) -> Row:
+    times = sorted(times)
+    return Row(
+        name=name,
+        value=times[math.ceil(0.99 * len(times)) - 1],
+        unit="ms",
+        more={"p50": round(statistics.median(times), 1), "max": round(times[-1], 1)},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """How many messages ingest had committed, and when."""
+
+    messages: int
+    at: float
+
+    def since(self, before: _Load) -> float:
+        """Messages a second."""
+        return (self.messages - before.messages) / (self.at - before.at)
 
 
 @dataclass
@@ -130,11 +162,17 @@ class _System:
     ears: _Ears
     key: DirectorKey
     rate: float
-    told: list[tuple[planted.Fleet, float]] = field(default_factory=list)
+    control: Engine
+    reports: Engine
+    told: list[planted.Fleet] = field(default_factory=list)
+
+    def load(self) -> _Load:
+        ((messages,),) = servers.rows(self.reports, f"SELECT count(*) FROM {health.name}")  # noqa: S608
+        return _Load(int(str(messages)), time.monotonic())
 
     def rollback(self, fleet: planted.Fleet) -> Timed:
         body = json.dumps({"reason": "bench"}).encode()
-        heard, began = self.ears.heard, time.monotonic()
+        heard, began, clock = self.ears.heard, time.monotonic(), time.time()
         self.http.request(
             "POST",
             f"/api/v1/rollouts/{fleet.rollout}:rollback",
@@ -148,10 +186,16 @@ class _System:
             raise Wrong(f"{fleet.name}: {answer.status} {text[:300]!r}")
         self.ears.wait(heard + fleet.size, fleet.name)
         times = self.ears.times[heard : heard + fleet.size]
-        self.told.append((fleet, began))
+        self.told.append(fleet)
+        query = select(func.min(desired.c.at)).where(
+            desired.c.device.startswith(fleet.name), desired.c.kind == str(Kind.ROLLBACK)
+        )
+        with reading(self.control) as conn:
+            turn = conn.execute(query).scalar_one() - clock
         time.sleep(0.12 + (len(self.told) * 37 % 50) / 100)  # at any moment of a turn
         return Timed(
             answer=(answered - began) * 1_000,
+            turn=turn * 1_000,
             first=(times[0] - began) * 1_000,
             last=(times[-1] - began) * 1_000,
         )
@@ -160,7 +204,7 @@ class _System:
         """Every device of every fleet was told, by an order that is signed for it."""
         orders = dict(self.ears.orders())
         public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key.public_hex))
-        for fleet, _ in self.told:
+        for fleet in self.told:
             for device in fleet.devices:
                 body = orders.get(f"bw/v1/{device}/desired")
                 if body is None:
@@ -263,10 +307,17 @@ def _system(root: Path, fleets: Sequence[planted.Fleet], options: Options) -> It
         ears.wait(total, "the orders that the broker did not have")  # the cache is filled
         ears.quiet(1.0)
         rate = _calibrate(port, options.seed) / 2
-        seconds = 20 + len(fleets) * 0.7 + 30
-        stack.enter_context(_load(port, rate, seconds, options.seed + 1))
+        stack.enter_context(_load(port, rate, options.seed + 1))
         time.sleep(2.0)
-        yield _System(port=port, http=connection, ears=ears, key=key, rate=rate)
+        yield _System(
+            port=port,
+            http=connection,
+            ears=ears,
+            key=key,
+            rate=rate,
+            control=control,
+            reports=reports,
+        )
 
 
 def _repository(root: Path) -> Path:
@@ -295,7 +346,7 @@ def _connection(port: int) -> http.client.HTTPConnection:
 
 def _calibrate(port: int, seed: int) -> float:
     """Messages a second that the ingest takes at most: from the first to the last one's ack."""
-    plan = load.Plan(seed=seed, devices=1_000, messages=20_000, now=time.time())
+    plan = load.Plan(seed=seed, devices=1_000, messages=40_000, now=time.time())
     child = subprocess.Popen(
         load.arguments(port, plan, await_ack=True),
         stdin=subprocess.PIPE,
@@ -310,23 +361,23 @@ def _calibrate(port: int, seed: int) -> float:
 
 
 @contextlib.contextmanager
-def _load(port: int, rate: float, seconds: float, seed: int) -> Iterator[None]:
-    """Publishes at this rate until the measurement is over."""
-    words = [sys.executable, "-m", "bench.pressure", str(port), f"{rate:.1f}", f"{seconds:.1f}"]
+def _load(port: int, rate: float, seed: int) -> Iterator[None]:
+    """Publishes at this rate until the measurement is over, however long that takes."""
+    words = [sys.executable, "-m", "bench.pressure", str(port), f"{rate:.1f}", "inf"]
     child = subprocess.Popen([*words, str(seed)], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None  # noqa: S101
         child.stdout.readline()  # it publishes
         yield
         if child.poll() is not None:
-            raise Wrong("the load was over before the measurement")
+            raise Wrong("the load has broken off")
     finally:
         child.terminate()
         child.wait(20)
 
 
-def _floors(port: int) -> Iterator[Row]:
-    """The two things that cannot be left out, alone: signing, and publishing pipelined."""
+def _floors(folder: Path) -> Iterator[Row]:
+    """What cannot be left out, alone, on a quiet machine: signing, and publishing pipelined."""
     n = max(LARGE)
     body, private = b"x" * 600, Ed25519PrivateKey.generate()
     began = time.monotonic()
@@ -339,8 +390,9 @@ def _floors(port: int) -> Iterator[Row]:
         ).write()
         for i in range(n)
     ]
-    session = load.Session(port, "bench-floor")
-    began = time.monotonic()
-    session.publish(pieces)
-    name = f"{n:,} retained messages alone"
-    yield Row(name=name, value=(time.monotonic() - began) * 1_000, unit="ms")
+    with servers.broker(folder) as port:
+        session = load.Session(port, "bench-floor")
+        began = time.monotonic()
+        session.publish(pieces)
+        name = f"{n:,} retained messages alone"
+        yield Row(name=name, value=(time.monotonic() - began) * 1_000, unit="ms")

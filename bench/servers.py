@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 import psycopg
 from sqlalchemy import Engine, NullPool, create_engine
 from sqlalchemy.engine import make_url
 
+from controller.service import PARENT
 from controller.store import devices as registry
 from controller.store.database import open_control
 from telemetry.store.database import open_engine, reading, writing
@@ -145,7 +147,7 @@ def ingest(
     words += ["--state-dir", str(state_dir), "--broker", f"mqtt://127.0.0.1:{port}"]
     words += ["--database", database] if database else []
     before = _watermark(engine)
-    with open(state_dir / "ingest.log", "ab") as file, _child(words, stderr=file) as child:
+    with open(state_dir / "ingest.log", "ab") as file, _role(words, file) as child:
 
         def hears() -> bool:
             if child.poll() is not None:
@@ -164,7 +166,7 @@ def role(
     words = [sys.executable, "-m", "controller.cli", "serve", "--role", name]
     words += ["--state-dir", str(state_dir), "--broker", f"mqtt://127.0.0.1:{port}"]
     words += [word for pair in (("--repo", repo), ("--listen", listen)) if pair[1] for word in pair]
-    with open(state_dir / f"{name}.log", "ab") as file, _child(words, stderr=file) as child:
+    with open(state_dir / f"{name}.log", "ab") as file, _role(words, file) as child:
         yield child
 
 
@@ -175,6 +177,13 @@ def _watermark(engine: Engine) -> int:
 def rows(engine: Engine, query: str) -> list[tuple[object, ...]]:
     with reading(engine) as connection:
         return [tuple(row) for row in connection.exec_driver_sql(query)]
+
+
+def _role(
+    words: Sequence[str], log: IO[bytes]
+) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """It ends by itself, too, when we are killed."""
+    return _child(words, stderr=log, env={**os.environ, PARENT: str(os.getpid())})
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ def bench(
     """Measure one thing: each figure stands beside its limit or a peer from the same run."""
     import importlib
     import importlib.util
+    import signal
     import sys
 
     from bench import report
@@ -78,6 +79,7 @@ def bench(
         devices=devices,
         jobs=jobs,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: its children end with it
     try:
         rows = importlib.import_module(f"bench.{name}").run(options)
     except ValueError as error:  # an option or a file that the benchmark cannot use

@@ -90,11 +90,14 @@ class Muster:
     def touch(self, world: World, rollout: Rollout, devices: Iterable[str], now: float) -> bool:
         """Something about these devices changed: derive them again. True: one stands anew."""
         members = world.members.get(rollout.id, {})
-        context = _Context.of(world, rollout)
+        context: _Context | None = None  # it looks at every rollout: most turns touch nobody of us
         moved = False
         for device in devices:
             member = members.get(device)
-            if member is not None and self._derive(world, rollout, context, member, now):
+            if member is None:
+                continue
+            context = context or _Context.of(world, rollout)
+            if self._derive(world, rollout, context, member, now):
                 moved = True
         return moved
 
