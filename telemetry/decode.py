@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
@@ -32,6 +32,7 @@ M = TypeVar("M", bound=Reported | Health | Presence)
 _BLANK_AFTER_QUOTE = re.compile(rb'"[ \t\r\n]')
 _REFUSED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 _REMEMBERED = 10_000  # names and component sets that were found good
+_USUAL = 1024  # bytes of a component set that is remembered
 
 _Natural = Annotated[int, Meta(ge=0, le=protocol.MAX_SAFE_INTEGER)]
 _Number = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
@@ -49,13 +50,17 @@ _REQUIRED = 7  # fields of a Sample
 
 
 class Sample(msgspec.Struct, rename="camel", gc=False):
-    """A checked `Health`: the same fields, cheaper to make."""
+    """A checked `Health`: the same fields, cheaper to make.
+
+    `components` are the bytes that came: a fleet says the same few again and again, so that what
+    they mean is looked up (`components_text`).
+    """
 
     v: Literal[1]
     boot: Annotated[str, Meta(min_length=1, max_length=64)]
     boot_count: _Natural
     seq: _Natural
-    components: Annotated[dict[str, str], Meta(max_length=protocol.MAX_COMPONENTS)]
+    components: msgspec.Raw
     t0: float
     dt: Annotated[float, Meta(gt=0, le=86_400 * 31)]
     attempt: Annotated[str, Meta(max_length=128)] | None = _NO_ATTEMPT
@@ -71,9 +76,18 @@ class Sample(msgspec.Struct, rename="camel", gc=False):
     dropped: _Natural = _NOT_DROPPED
 
 
+class _Components(NamedTuple):
+    text: str  # as JSON without blanks
+    colons: int
+
+
 _sample = msgspec.json.Decoder(Sample)
+_components = msgspec.json.Decoder(
+    Annotated[dict[str, str], Meta(max_length=protocol.MAX_COMPONENTS)]
+)
+_compact = msgspec.json.Encoder().encode
 _known_names: set[str] = set()
-_known_components: set[tuple[tuple[str, str], ...]] = set()
+_known_components: dict[bytes, _Components] = {}
 
 
 class _Doubtful(ValueError):
@@ -113,7 +127,16 @@ def _slow(cls: type[M], payload: bytes) -> M:
 
 def as_health(sample: Sample) -> Health:
     """The same message as the contract's own dataclass."""
-    return Health(**{name: getattr(sample, name) for name, _ in _NAMES[Health]})
+    values = {name: getattr(sample, name) for name, _ in _NAMES[Health]}
+    return Health(**values | {"components": _components.decode(sample.components)})
+
+
+def components_text(message: Sample | Health) -> str:
+    """Its components as JSON."""
+    if isinstance(message, Health):
+        return _compact(message.components).decode()
+    said = bytes(message.components)
+    return (_known_components.get(said) or _learn_components(said)).text
 
 
 def _straight(payload: bytes) -> Sample:
@@ -121,7 +144,9 @@ def _straight(payload: bytes) -> Sample:
         raise _Doubtful
     found = _sample.decode(payload)
     columns, counters, exposure = found.columns, found.counters, found.exposure
-    if payload.count(b":") != _colons(found) or not found.boot.isprintable():
+    said = bytes(found.components)
+    components = _known_components.get(said) or _learn_components(said)
+    if payload.count(b":") != components.colons + _colons(found) or not found.boot.isprintable():
         raise _Doubtful
     if len(columns) > 1 and len(set(map(len, columns.values()))) != 1:
         raise _Doubtful
@@ -129,15 +154,16 @@ def _straight(payload: bytes) -> Sample:
     for names in (columns, counters, exposure):
         if not known(names):
             _learn_names(names)
-    if tuple(found.components.items()) not in _known_components:
-        _learn_components(found.components)
     return found
 
 
 def _colons(found: Sample) -> int:
-    """How many colons a document with these fields, each once, has; fills in what is not there."""
+    """How many colons a document with these fields, each once, has beside those of its components.
+
+    Fills in what is not there.
+    """
     columns, counters, exposure = found.columns, found.counters, found.exposure
-    colons = _REQUIRED + 2 * len(found.components) + len(columns) + len(counters) + len(exposure)
+    colons = _REQUIRED + len(columns) + len(counters) + len(exposure)
     colons += (columns is not _NO_COLUMNS) + (counters is not _NO_COUNTERS)
     colons += (exposure is not _NO_EXPOSURE) + found.boot.count(":")
     attempt = found.attempt
@@ -163,13 +189,19 @@ def _learn_names(names: Mapping[str, object]) -> None:
     _known_names.update(names)
 
 
-def _learn_components(components: Mapping[str, str]) -> None:
+def _learn_components(said: bytes) -> _Components:
+    components = _components.decode(said)
+    if said.count(b":") != 2 * len(components):
+        raise _Doubtful
     for name, digest in components.items():
         if not (protocol.ID.fullmatch(name) and protocol.DIGEST.fullmatch(digest)):
             raise _Doubtful
-    if len(_known_components) > _REMEMBERED:
-        _known_components.clear()
-    _known_components.add(tuple(components.items()))
+    known = _Components(_compact(components).decode(), said.count(b":"))
+    if len(said) <= _USUAL:
+        if len(_known_components) > _REMEMBERED:
+            _known_components.clear()
+        _known_components[said] = known
+    return known
 
 
 def _fast(cls: type[M], payload: bytes) -> M:

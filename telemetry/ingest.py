@@ -32,12 +32,13 @@ from device_agent.protocol import (
 from telemetry import metrics
 from telemetry.acks import Acks
 from telemetry.decode import Sample, decode, health
-from telemetry.store.fold import Batch, Heard, Written
+from telemetry.store.fold import Batch, Heard, Message, Written
 from telemetry.store.reports import Unstorable
 from telemetry.store.seen import Verdict
 
 PROBE_TOPIC = "bw/service/probe"
 ACTIVE = "active"
+_NOBODY: set[int] = set()
 TOPICS = 1_000_000  # remembered as read; a fleet has two or three a device
 
 log = structlog.get_logger("bellwether.ingest")
@@ -114,11 +115,8 @@ class Ingest:
         return self.commit(self.read(messages, now), now)
 
     def read(self, messages: Sequence[Bytes], now: float) -> Batch:
-        """Believe or refuse; charges the buckets, so call it once per message received.
-
-        The batch holds each device's messages side by side, in the order of their arrival.
-        """
-        believed: list[Heard] = []
+        """Believe or refuse; charges the buckets, so call it once per message received."""
+        heard: list[Heard] = []
         refusals: Counter[str] = Counter()
         spoken, probe = self._by_device(messages, refusals)
         registry = _Round(self._registry(), self._again)
@@ -130,15 +128,18 @@ class Ingest:
             if allowed < len(words):
                 refusals["rate_limited"] += len(words) - allowed
                 del words[allowed:]
+            believed: list[Message] = []
             for read, payload in words:
                 try:
-                    believed.append(Heard(device, read(payload)))
+                    believed.append(read(payload))
                 except ProtocolError as error:
                     refusals[error.reason] += 1
                 except Exception:  # one device's bytes must not deafen us to the others
                     log.exception("message_not_understood", device=device)
                     refusals["internal"] += 1
-        return Batch(messages=believed, refusals=refusals, probe=probe)
+            if believed:
+                heard.append(Heard(device, believed))
+        return Batch(heard=heard, refusals=refusals, probe=probe)
 
     def _by_device(
         self, messages: Sequence[Bytes], refusals: Counter[str]
@@ -172,7 +173,7 @@ class Ingest:
         for part, written in self._write(batch, now):
             number = written.batch
             metrics.count("bellwether_ingest_clock_shifted_total", written.shifted)
-            new += self._settle(part.messages, written.verdicts, refusals)
+            new += self._settle(part.heard, written.verdicts, refusals)
             for reason in part.refusals.keys() - batch.refusals.keys():
                 refusals[reason] += part.refusals[reason]
         metrics.count("bellwether_ingest_messages_total", new)
@@ -212,38 +213,47 @@ class Ingest:
         try:
             return [(batch, self._store.write(batch, now))]
         except Unstorable as error:
-            if not batch.messages:
-                raise
-            if len(batch.messages) == 1:
-                log.warning("unstorable", device=batch.messages[0].device, error=str(error)[:300])
+            halves = _halves(batch.heard)
+            if halves is None:
+                if not batch.heard:
+                    raise
+                log.warning("unstorable", device=batch.heard[0].device, error=str(error)[:300])
                 refusals = {**batch.refusals, "unstorable": 1}
                 return self._write(Batch(refusals=refusals, probe=batch.probe), now)
-        middle = len(batch.messages) // 2
-        head = Batch(messages=batch.messages[:middle], refusals=batch.refusals, probe=batch.probe)
-        return [*self._write(head, now), *self._write(Batch(messages=batch.messages[middle:]), now)]
+        head = Batch(heard=halves[0], refusals=batch.refusals, probe=batch.probe)
+        return [*self._write(head, now), *self._write(Batch(heard=halves[1]), now)]
 
     def _settle(
-        self, messages: Sequence[Heard], verdicts: Sequence[Verdict], refusals: Counter[str]
+        self, heard: Sequence[Heard], verdicts: Sequence[Verdict], refusals: Counter[str]
     ) -> int:
         """Note what is owed for a committed part; how many messages were new."""
-        new, dropped = 0, 0
-        owed: set[int] = set()
-        last_device, last_boot = "", ""  # whose numbers `owed` are
-        for (device, message), verdict in zip(messages, verdicts, strict=True):
-            if verdict is Verdict.NEW:
-                new += 1
-            else:
-                refusals[verdict.value] += 1
-            if isinstance(message, Presence) or verdict is Verdict.LATE:
-                continue
-            if isinstance(message, Reported):
-                self._acks.note(device, message.boot, message.seq, message.nonce)
-                continue
-            if verdict is Verdict.NEW:
-                dropped += message.dropped
-            if device != last_device or message.boot != last_boot:
-                last_device, last_boot = device, message.boot
-                owed = self._acks.numbers(device, last_boot)
-            owed.add(message.seq)
+        dropped, rest = 0, iter(verdicts)
+        for device, messages in heard:
+            boot, owed = "", _NOBODY  # whose numbers these are
+            for message, verdict in zip(messages, rest):  # noqa: B905 - the others follow
+                if isinstance(message, Presence) or verdict is Verdict.LATE:
+                    continue
+                if isinstance(message, Reported):
+                    self._acks.note(device, message.boot, message.seq, message.nonce)
+                    continue
+                if message.dropped and verdict is Verdict.NEW:
+                    dropped += message.dropped
+                if message.boot != boot:
+                    boot = message.boot
+                    owed = self._acks.numbers(device, boot)
+                owed.add(message.seq)
         metrics.count("bellwether_outbox_dropped_total", dropped)
-        return new
+        refusals.update(v.value for v in verdicts if v is not Verdict.NEW)
+        return verdicts.count(Verdict.NEW)
+
+
+def _halves(heard: Sequence[Heard]) -> tuple[Sequence[Heard], Sequence[Heard]] | None:
+    """The same messages in two parts; None when there are not two."""
+    if len(heard) > 1:
+        middle = len(heard) // 2
+        return heard[:middle], heard[middle:]
+    if not heard or len(heard[0].messages) < 2:
+        return None
+    ((device, messages),) = heard
+    middle = len(messages) // 2
+    return [Heard(device, messages[:middle])], [Heard(device, messages[middle:])]

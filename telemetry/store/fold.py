@@ -15,28 +15,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
 
 from device_agent.protocol import Health, Presence, Reported
-from telemetry.decode import Sample
+from telemetry.decode import Sample, components_text
 from telemetry.store import bulk, rollups
 from telemetry.store.seen import Seen, Verdict, pack
 
+Message = Reported | Health | Sample | Presence
+
 
 class Heard(NamedTuple):
-    """A message that was checked, and who sent it."""
+    """Who sent something, and what: checked messages in the order of their arrival."""
 
     device: str
-    message: Reported | Health | Sample | Presence
+    messages: Sequence[Message]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    messages: Sequence[Heard] = ()
+    heard: Sequence[Heard] = ()
     refusals: Mapping[str, int] = field(default_factory=dict)  # refused before: reason → count
     probe: bool = False  # our own loopback probe came through: the server can hear
 
@@ -44,7 +44,7 @@ class Batch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
     batch: int  # its number: the watermark
-    verdicts: tuple[Verdict, ...]  # one per message, in order
+    verdicts: tuple[Verdict, ...]  # one per message, as they stand in the batch
     shifted: int  # messages whose device clock was not plausible
 
 
@@ -61,7 +61,7 @@ class Contact:
 
 @dataclass(slots=True, kw_only=True)
 class Known:
-    """What the store holds of the devices of this batch."""
+    """What the store holds, at least of the devices of this batch."""
 
     contacts: dict[str, Contact]
     boots: dict[tuple[str, str], Seen]
@@ -78,21 +78,18 @@ class Changes:
     rollups: rollups.Rollups = field(default_factory=rollups.Rollups)
 
 
-def fold(
-    messages: Iterable[Heard], known: Known, *, batch: int, clock: float, now: float
-) -> Changes:
+def fold(heard: Iterable[Heard], known: Known, *, batch: int, clock: float, now: float) -> Changes:
     """Fold messages, in order of arrival, into `known` (changed in place) and the changes.
 
-    Any order gives the same answer; neighbours of one device are cheaper, because what is known of
-    it is looked up once for all of them.
+    A device may stand there more than once; once is cheaper.
     """
     changes = Changes()
-    for device, run in groupby(messages, _device_of):
+    for device, messages in heard:
         contact = known.contacts.get(device)
         if contact is None:
             contact = known.contacts[device] = Contact()
         turn = _Turn(device, contact, known, changes, batch, clock, now)
-        verdicts = [turn.take(message) for _, message in run]
+        verdicts = [turn.take(message) for message in messages]
         changes.verdicts += verdicts
         if Verdict.NEW in verdicts:
             changes.touched.add(device)
@@ -150,7 +147,7 @@ def rollup_rows(changes: Changes) -> Sequence[bulk.Row]:
 
 @dataclass(slots=True)
 class _Turn:
-    """Neighbouring messages of one device."""
+    """The messages of one device."""
 
     device: str
     contact: Contact
@@ -163,7 +160,7 @@ class _Turn:
     _seen: Seen | None = None
     _sums: rollups.DeviceSums | None = None
 
-    def take(self, message: Reported | Health | Sample | Presence) -> Verdict:
+    def take(self, message: Message) -> Verdict:
         if isinstance(message, Presence):
             return self._presence(message)
         contact = self.contact
@@ -227,7 +224,7 @@ class _Turn:
                 message.boot,
                 message.seq,
                 message.attempt,
-                _json(message.components),
+                components_text(message),
                 message.t0,
                 seconds,
                 _json((levels, message.counters, message.exposure)),
@@ -235,7 +232,6 @@ class _Turn:
         )
 
 
-_device_of = itemgetter(0)
 _encode = msgspec.json.Encoder().encode
 
 

@@ -2,18 +2,16 @@
 
 Rules, in order:
 
-1. A batch is one transaction. It takes its number by updating the one row of `telemetry_state`
-   first: the commits of two ingest processes follow each other, and the watermark has no gap.
-2. What to change is `fold`'s decision; this file loads what it needs and writes what it says.
-3. The hearing clock advances when the loopback probe comes through, by the time since it last did,
-   unless that is longer than `HEARING_GAP`: what lies in such a gap was not heard.
+1. A batch is one transaction, and one turn (`telemetry.store.turn`).
+2. What to change is `fold`'s decision; this file gives it what is known and writes what it says.
+3. What is known afterwards is remembered for the next batch (`telemetry.store.memory`), once the
+   transaction is committed.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -21,17 +19,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import psycopg
-from sqlalchemy import Column, Connection, Engine, Select, bindparam, delete, func, select, update
+from sqlalchemy import Connection, Engine, Select, bindparam, delete, func, select, update
 from sqlalchemy.exc import DataError, IntegrityError
 
-from device_agent.protocol import ComponentReport, HistoryEntry, Presence, State
+from device_agent.protocol import ComponentReport, HistoryEntry, State
 from telemetry.report import DeviceRow, HealthRow, Level, Totals
-from telemetry.store import bulk, tables
+from telemetry.store import bulk, tables, turn
 from telemetry.store.database import reading, writing
 from telemetry.store.fold import (
     Batch,
     Changes,
-    Contact,
     Known,
     Written,
     boot_rows,
@@ -41,12 +38,10 @@ from telemetry.store.fold import (
     report_rows,
     rollup_rows,
 )
+from telemetry.store.memory import Memory
 from telemetry.store.rollups import HOUR, Kind
-from telemetry.store.seen import Seen, unpack
 
-HEARING_GAP = 5.0  # seconds between two probes that still count as heard without a break
 _END = 1 << 62  # after every change
-_MANY = 8_192  # keys in one IN list
 
 # Most devices say the same: one text is decoded once, and its value shared.
 _components = lru_cache(4096)(msgspec.json.Decoder(dict[str, ComponentReport]).decode)
@@ -105,12 +100,6 @@ def _messages() -> Select[Any]:
 
 _CONTACTS, _HEALTH = tables.contacts.c, tables.health
 _STATE = select(tables.state)
-_NEXT = (
-    update(tables.state)
-    .values(batch=tables.state.c.batch + 1)
-    .returning(tables.state.c.batch, tables.state.c.hearing, tables.state.c.hearing_at)
-)
-_HEARD = update(tables.state).values(hearing=bindparam("clock"), hearing_at=bindparam("at"))
 _DEVICE = _devices().where(_CONTACTS.device == bindparam("device"))
 _CHANGED = (
     _devices()
@@ -129,17 +118,12 @@ class Unstorable(Exception):
     """A batch that the database will never take; nothing of it was written."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    number: int
-    clock: float
-
-
 class Store:
     """Implements `telemetry.report.TelemetryReader`, and `write` for the ingest."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._memory = Memory()
 
     @property
     def engine(self) -> Engine:
@@ -152,14 +136,15 @@ class Store:
         """
         try:
             with writing(self._engine) as connection:
-                turn = _take_turn(connection, probe=batch.probe, now=now)
-                known = _load(connection, batch)
-                changes = fold(batch.messages, known, batch=turn.number, clock=turn.clock, now=now)
-                _save(connection, changes, known, batch, turn, now)
+                own = turn.take(connection, probe=batch.probe, now=now)
+                known = self._memory.recall(connection, batch.heard, own.number)
+                changes = fold(batch.heard, known, batch=own.number, clock=own.clock, now=now)
+                _save(connection, changes, known, batch, own.number, now)
         except _AT_FAULT as error:
             raise Unstorable(str(error)) from error
+        self._memory.keep(known, own.number)
         return Written(
-            batch=turn.number, verdicts=tuple(changes.verdicts), shifted=changes.rollups.shifted
+            batch=own.number, verdicts=tuple(changes.verdicts), shifted=changes.rollups.shifted
         )
 
     def forget(self, device: str, now: float) -> None:
@@ -168,10 +153,10 @@ class Store:
         Its counted messages stay; the device starts over as one that never reported.
         """
         with writing(self._engine) as connection:
-            turn = _take_turn(connection, probe=False, now=now)
+            own = turn.take(connection, probe=False, now=now)
             for table in (tables.boots, tables.reports):
                 connection.execute(delete(table).where(table.c.device == device))
-            row = {"change": turn.number, "boot": "", "boot_count": 0, "boot_floor": 0}
+            row = {"change": own.number, "boot": "", "boot_count": 0, "boot_floor": 0}
             contacts = tables.contacts
             connection.execute(update(contacts).where(contacts.c.device == device).values(row))
 
@@ -233,88 +218,12 @@ class Store:
             return {row[0]: int(row[1]) for row in rows}
 
 
-def _take_turn(connection: Connection, *, probe: bool, now: float) -> _Turn:
-    number, clock, at = connection.execute(_NEXT).one()
-    if probe:
-        gap = now - at
-        clock += gap if 0 < gap <= HEARING_GAP else 0.0
-        connection.execute(_HEARD, {"clock": clock, "at": max(now, at)})
-    return _Turn(int(number), float(clock))
-
-
-def _load(connection: Connection, batch: Batch) -> Known:
-    devices = sorted({heard.device for heard in batch.messages})
-    wanted = {
-        (heard.device, heard.message.boot)
-        for heard in batch.messages
-        if not isinstance(heard.message, Presence)
-    }
-    known = Known(contacts={}, boots={}, states={})
-    for first in range(0, len(devices), _MANY):
-        some = _padded(devices[first : first + _MANY])
-        _load_some(connection, some, known)
-        _load_boots(connection, some, wanted, known)
-    return known
-
-
-def _padded(keys: list[str]) -> list[str]:
-    """As many keys as a power of two, the last one repeated.
-
-    Each length of an IN list is a statement of its own to the driver, and SQLite's keeps 128 of
-    them: with any length that is 40 MiB, and hardly one is ever found again.
-    """
-    return keys + keys[-1:] * ((1 << (len(keys) - 1).bit_length()) - len(keys))
-
-
-def _load_some(connection: Connection, devices: list[str], known: Known) -> None:
-    contacts, reports = tables.contacts.c, tables.reports.c
-    own = tuple(column for column in contacts if column.name not in ("device", "change"))
-    for device, last, clock, online, sleeping, *boot in _of(connection, own, devices):
-        name, count, floor = boot
-        known.contacts[device] = Contact(
-            last_contact=last,
-            heard_clock=clock,
-            online=bool(online),
-            sleeping_until=sleeping,
-            boot=name,
-            boot_count=count,
-            boot_floor=floor,
-        )
-    for device, count, seq in _of(connection, (reports.boot_count, reports.seq), devices):
-        known.states[device] = (count, seq)
-
-
-def _load_boots(
-    connection: Connection, devices: list[str], wanted: set[tuple[str, str]], known: Known
-) -> None:
-    # By device alone: a second list of boots would make SQLite try every pair of the two.
-    boots = tables.boots.c
-    columns = (boots.boot, boots.boot_count, boots.high, boots.missing)
-    for device, boot, count, high, missing in _of(connection, columns, devices):
-        if (device, boot) in wanted:
-            known.boots[device, boot] = Seen(boot_count=count, high=high, missing=unpack(missing))
-
-
-def _of(
-    connection: Connection, columns: tuple[Column[Any], ...], devices: list[str]
-) -> Iterable[Any]:
-    """(device, *columns) of these devices, past SQLAlchemy: it costs more than the query."""
-    names = ", ".join(column.name for column in columns)
-    statement = f"SELECT device, {names} FROM {columns[0].table.name} WHERE device "  # noqa: S608
-    if connection.dialect.name == "postgresql":
-        cursor = connection.connection.cursor()
-        return cast(Iterable[Any], cursor.execute(f"{statement}= ANY(%s)", (devices,)))
-    marks = ", ".join("?" * len(devices))
-    cursor = connection.connection.cursor()
-    return cast(Iterable[Any], cursor.execute(f"{statement}IN ({marks})", devices))
-
-
 def _save(
-    connection: Connection, changes: Changes, known: Known, batch: Batch, turn: _Turn, now: float
+    connection: Connection, changes: Changes, known: Known, batch: Batch, number: int, now: float
 ) -> None:
     bulk.insert(connection, tables.health, changes.health)
     bulk.upsert(connection, tables.boots, boot_rows(changes, known, now))
-    bulk.upsert(connection, tables.contacts, contact_rows(changes, known, turn.number))
+    bulk.upsert(connection, tables.contacts, contact_rows(changes, known, number))
     bulk.upsert(connection, tables.reports, report_rows(changes, now))
     sums = ("n", "total", "squares")
     bulk.upsert(connection, tables.rollups, rollup_rows(changes), added=sums)

@@ -6,16 +6,19 @@ Rules, in order:
 2. A boot is forgotten only together with a floor: what that boot or an older one sends afterwards
    is refused as late, so that forgetting never counts a message twice.
 3. A device keeps at most `BOOTS` boots, however many it invents.
+4. Floors are raised and boots deleted in a turn of their own (`telemetry.store.turn`): no batch is
+   being written that read the old ones, and none after it remembers them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, select, update
+from sqlalchemy import Connection, Engine, Select, and_, bindparam, delete, func, select, update
 
-from telemetry.store import tables
-from telemetry.store.database import writing
+from telemetry.store import tables, turn
+from telemetry.store.database import reading, writing
 from telemetry.store.rollups import HOUR
 
 DAY = 86_400.0
@@ -40,10 +43,7 @@ def sweep(engine: Engine, now: float, keep: Retention | None = None) -> int:
         gone += _raw(connection, now - keep.raw)
     with writing(engine) as connection:
         gone += _rollups(connection, int((now - keep.rollups) // HOUR))
-    with writing(engine) as connection:
-        gone += _old_boots(connection, now - keep.boots)
-        gone += _surplus_boots(connection)
-    return gone
+    return gone + _boots(engine, now - keep.boots, now)
 
 
 def _raw(connection: Connection, before: float) -> int:
@@ -89,18 +89,36 @@ def _rollups(connection: Connection, before: int) -> int:
     return connection.execute(delete(table).where(table.c.hour == first)).rowcount
 
 
-def _old_boots(connection: Connection, before: float) -> int:
-    """Boots not heard of for long, except each device's present one."""
+def _boots(engine: Engine, before: float, now: float) -> int:
+    with reading(engine) as connection:  # most often there is nothing to do, which needs no turn
+        found = [connection.execute(q.limit(1)).first() for q in (_old(before), _crowded())]
+    if found == [None, None]:
+        return 0
+    with writing(engine) as connection:
+        turn.take(connection, probe=False, now=now)
+        return _old_boots(connection, before) + _surplus_boots(connection)
+
+
+def _old(before: float) -> Select[Any]:
+    """(device, highest count) of boots not heard of for long, except each device's present one."""
     boots, contacts = tables.boots, tables.contacts
-    query = (
+    return (
         select(boots.c.device, func.max(boots.c.boot_count))
         .join(contacts, contacts.c.device == boots.c.device)
         .where(boots.c.last_seen < before, boots.c.boot_count < contacts.c.boot_count)
         .group_by(boots.c.device)
-        .limit(_PIECE)
     )
-    floors = [(device, count + 1) for device, count in connection.execute(query)]
-    return _raise_floors(connection, floors)
+
+
+def _crowded() -> Select[Any]:
+    """Devices with more boots than they may keep."""
+    boots = tables.boots
+    return select(boots.c.device).group_by(boots.c.device).having(func.count() > BOOTS)
+
+
+def _old_boots(connection: Connection, before: float) -> int:
+    found = connection.execute(_old(before).limit(_PIECE))
+    return _raise_floors(connection, [(device, count + 1) for device, count in found])
 
 
 def _surplus_boots(connection: Connection) -> int:
@@ -109,12 +127,9 @@ def _surplus_boots(connection: Connection) -> int:
         partition_by=boots.c.device,
         order_by=(boots.c.boot_count.desc(), boots.c.last_seen.desc(), boots.c.boot),
     )
-    crowded = (
-        select(boots.c.device).group_by(boots.c.device).having(func.count() > BOOTS).limit(100)
-    )
     ranked = (
         select(boots.c.device, boots.c.boot, boots.c.boot_count, rank.label("rank"))
-        .where(boots.c.device.in_(crowded))
+        .where(boots.c.device.in_(_crowded().limit(100)))
         .subquery()
     )
     lowest_kept = connection.execute(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from operator import mul
-from typing import Protocol
+from typing import Protocol, cast
 
 HOUR = 3600
 PAST = 45 * 86_400.0
@@ -153,8 +153,12 @@ def _sums(column: Column) -> Sums | None:
     if len(column) == 1:
         sample = column[0]
         return None if sample is None else (1, sample, sample * sample)
-    known = [sample for sample in column if sample is not None]
-    return (len(known), sum(known), sum(map(mul, known, known))) if known else None
+    try:
+        whole = cast(tuple[float, ...], column)
+        return len(whole), sum(whole), sum(map(mul, whole, whole))
+    except TypeError:  # some are not there
+        known = [sample for sample in column if sample is not None]
+        return (len(known), sum(known), sum(map(mul, known, known))) if known else None
 
 
 def _added(one: Sums, other: Sums) -> Sums:

@@ -68,7 +68,7 @@ class House:
 
     def hear(self, device: str, message: Any) -> None:
         """A message of a device, as the ingest writes it."""
-        self.store.write(Batch(messages=[Heard(device, message)]), NOW)
+        self.store.write(Batch(heard=[Heard(device, [message])]), NOW)
 
     @property
     def store(self) -> Store:

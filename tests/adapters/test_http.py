@@ -79,7 +79,7 @@ def test_changes_of_one_batch_come_page_by_page_each_once(house: House) -> None:
         page = house.client.get("/api/v1/devices:changes", params=params).json()
         quiet, cursor = (0 if page["items"] else quiet + 1), page["next"]
     word = Presence(online=True, boot="b1", boot_count=1)
-    house.store.write(Batch(messages=[Heard(one["id"], word) for one in many]), NOW)
+    house.store.write(Batch(heard=[Heard(one["id"], [word]) for one in many]), NOW)
     seen: list[str] = []
     while True:
         params = {"limit": 20, "cursor": cursor}
@@ -95,7 +95,7 @@ def test_a_filter_on_the_last_word_pages_by_id_and_leaves_nobody_out(house: Hous
     many = [f"car-{i:03d}" for i in range(30)]
     house.client.post("/api/v1/devices", json=[{"id": name, "fleet": "eu"} for name in many])
     word = Presence(online=True, boot="b1", boot_count=1)
-    house.store.write(Batch(messages=[Heard(name, word) for name in many[::3]]), NOW)
+    house.store.write(Batch(heard=[Heard(name, [word]) for name in many[::3]]), NOW)
     for online, wanted in ((True, many[::3]), (False, [n for n in many if n not in many[::3]])):
         seen: list[str] = []
         cursor: str | None = ""

@@ -240,7 +240,7 @@ def test_one_unstorable_message_is_refused_alone(store: Store) -> None:
         """The real store, which cannot take number 13 for a reason that we did not foresee."""
 
         def write(self, batch: Batch, now: float) -> Written:
-            if any(getattr(h.message, "seq", 0) == 13 for h in batch.messages):
+            if any(getattr(m, "seq", 0) == 13 for h in batch.heard for m in h.messages):
                 raise Unstorable("13")
             return store.write(batch, now)
 

@@ -108,7 +108,7 @@ def reported(seq: int, *, boot: str = "b1", boot_count: int = 1, **more: Any) ->
 
 
 def batch(device: str, *messages: Reported | Health | Presence, probe: bool = False) -> Batch:
-    return Batch(messages=[Heard(device, message) for message in messages], probe=probe)
+    return Batch(heard=[Heard(device, messages)] if messages else [], probe=probe)
 
 
 def test_a_batch_is_numbered_and_readable_as_it_was_written(store: Store) -> None:

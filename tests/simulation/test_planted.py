@@ -190,9 +190,9 @@ def acknowledges_without_writing(patch: pytest.MonkeyPatch) -> None:
 
     def sometimes(self: Store, batch: Any, now: float) -> Written:
         turns.append(now)
-        if len(turns) % 5 or not batch.messages:
+        if len(turns) % 5 or not batch.heard:
             return write(self, batch, now)
-        verdicts = tuple(Counted.NEW for _ in batch.messages)
+        verdicts = tuple(Counted.NEW for h in batch.heard for _ in h.messages)
         return Written(batch=1, verdicts=verdicts, shifted=0)
 
     patch.setattr(Store, "write", sometimes)
