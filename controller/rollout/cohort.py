@@ -28,6 +28,7 @@ from hashlib import blake2b
 
 from controller.manifests.kinds import Cohort, Mode
 from controller.rollout.model import Device
+from controller.rollout.pool import MANY, Pool
 
 TOP_BAND = 4
 WORST = 0.1  # of a hybrid cohort, never drawn before all are
@@ -55,6 +56,7 @@ class Draw:
     size: int  # the cohort's size now
     valid_from: float | None = None  # best_first: what is seen is valid for scores from here on
     warnings: tuple[str, ...] = ()
+    columns: bool = False  # ranked by the hash of columns (`pool`), not one by one
 
 
 def rank(seed: str, name: str) -> int:
@@ -127,6 +129,7 @@ def draw(
         size=size,
         valid_from=min(scores) if best and scores else None,
         warnings=tuple(warnings),
+        columns=_by_columns(cohort, mode, free),
     )
 
 
@@ -137,6 +140,8 @@ def choose(
     if n >= len(pool):
         return list(pool)
     mode = _mode(cohort) if mode is None else mode
+    if _by_columns(cohort, mode, pool):
+        return choose_of_many(Pool.of(pool, cohort.spread), n, seed)
     if mode is Mode.BEST_FIRST:
         chosen = _by_score(pool, seed)[:n]
     elif mode is Mode.HYBRID:
@@ -145,6 +150,16 @@ def choose(
         chosen = _stratified(cohort, pool, n, seed)
     order = _by_score(pool, seed) if mode is Mode.BEST_FIRST else _by_rank(pool, seed)
     return _within_caps(cohort, chosen, order, n)
+
+
+def _by_columns(cohort: Cohort, mode: Mode, pool: Sequence[Candidate]) -> bool:
+    return mode is Mode.STRATIFIED and not cohort.caps and len(pool) > MANY
+
+
+def choose_of_many(pool: Pool, n: int, seed: str) -> list[Candidate]:
+    """n of a large pool, stratified: in proportion over its strata, by rank in each."""
+    quota = portions(pool.sizes, n, rank(seed, "start"))
+    return list(pool.first(quota, seed))
 
 
 def halves(candidates: Sequence[Candidate], seed: str) -> tuple[list[Candidate], list[Candidate]]:

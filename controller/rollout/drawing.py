@@ -102,6 +102,7 @@ def draw_step(
             "valid_from": drawn.valid_from,
             "held_out": drawn.held_out,
             "warnings": list(drawn.warnings),
+            **({"ranked": "columns"} if drawn.columns else {}),
         },
     )
 
@@ -115,6 +116,7 @@ class _Drawn:
     valid_from: float | None = None
     held_out: int = 0  # of the cohort, for the holdout
     warnings: tuple[str, ...] = ()
+    columns: bool = False
 
 
 def _draw(
@@ -168,6 +170,7 @@ def _draw(
         valid_from=drawn.valid_from,
         held_out=len(kept_out),
         warnings=(*drawn.warnings, *matched.warnings),
+        columns=drawn.columns,
     )
 
 

@@ -209,7 +209,8 @@ class Store:
             .group_by(table.c.device, table.c.kind, table.c.name)
         )
         with reading(self._engine) as connection:
-            return _totals([tuple(row) for row in connection.execute(query)])
+            rows = _plain(connection, query)
+        return _totals(rows)
 
     def refusals(self) -> dict[str, int]:
         """reason → how many messages were not believed, since the beginning."""
@@ -288,14 +289,21 @@ def _totals(rows: Sequence[tuple[Any, ...]]) -> Totals:
     """Rows of (device, kind, name, n, total) → one array per name, over all devices."""
     devices = sorted({row[0] for row in rows})
     place = {device: index for index, device in enumerate(devices)}
+    size = len(rows)
+    places = np.fromiter((place[row[0]] for row in rows), dtype=np.intp, count=size)
+    known: dict[tuple[int, str], int] = {}  # series, by (kind, name)
+    series = np.fromiter(
+        (known.setdefault((row[1], row[2]), len(known)) for row in rows), dtype=np.intp, count=size
+    )
+    counted = np.fromiter((row[3] for row in rows), dtype=np.float64, count=size)
+    totals = np.fromiter((row[4] for row in rows), dtype=np.float64, count=size)
     found: dict[Kind, dict[str, npt.NDArray[np.float64]]] = {kind: {} for kind in Kind}
-    empty = {Kind.COUNTER: 0.0, Kind.EXPOSURE: 0.0, Kind.LEVEL: np.nan}
-    for device, number, name, n, total in rows:
-        kind = _KINDS[number]
-        array = found[kind].get(name)
-        if array is None:
-            array = found[kind][name] = np.full(len(devices), empty[kind])
-        array[place[device]] = float(total) / float(n) if kind is Kind.LEVEL else float(total)
+    for (number, name), one in known.items():
+        kind, mine = _KINDS[number], series == one
+        values = totals[mine] / counted[mine] if kind is Kind.LEVEL else totals[mine]
+        array = np.full(len(devices), np.nan if kind is Kind.LEVEL else 0.0)
+        array[places[mine]] = values
+        found[kind][name] = array
     return Totals(
         devices=devices,
         counters=found[Kind.COUNTER],
