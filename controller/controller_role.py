@@ -127,6 +127,7 @@ def _lead(
             url=settings.repo,
             branch=settings.branch,
             woken=lambda: wake.poke(settings.state_dir),
+            release_signers=settings.release_signers,
             told=Statuses(engine, forge, settings.public_url).run_once if forge else lambda: 0,
             term=term,
         )

@@ -6,6 +6,7 @@ Rules, in order:
 2. With `--allowed-signers`, every commit since the accepted one must carry a good signature.
 3. All documents are read and checked together; a broken one blocks the rollouts that reference it,
    nothing else; their last good state stays in force because they open nothing new.
+   With `--release-signers`, so does a release without the signatures of enough of them.
 4. Git away: the accepted head stays; after `stale_after` nothing widens.
 
 What it found stands in `meta["git"]`, for status, API and metrics.
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -28,6 +30,7 @@ from controller.fleetrepo import FleetRepo, RepoUnavailable
 from controller.manifests.admission import admit
 from controller.manifests.reader import Manifests, Problem, Reading, read
 from controller.recorder import Recorder
+from controller.release_signing import Signers
 from controller.rollout.world import Head
 from controller.store import rollouts as store
 from controller.store.lease import Fenced
@@ -63,6 +66,7 @@ class Basis:
     registry: int | None  # the newest change of a device
     releases: tuple[tuple[str, str], ...]  # (name, digest) that was seen before
     recorded: tuple[tuple[str, str], ...]  # holds in force that Git has: (id, release)
+    signers: Signers | None
 
 
 _LABELS = select(devices.c.id, devices.c.labels)
@@ -91,8 +95,11 @@ class GitWatch:
         woken: Callable[[], None] = lambda: None,
         term: int | None = None,
         told: Callable[[], int] = lambda: 0,
+        release_signers: Path | None = None,
     ) -> None:
-        """`term`: the controller's, by which its writes are fenced."""
+        """`term`: the controller's, by which its writes are fenced; `release_signers`: the file of
+        whose signatures a release needs."""
+        self._release_signers = release_signers
         self._term = term
         self._engine, self._repo, self._recorder = engine, repo, recorder
         self._clock, self._stale_after, self._woken = clock, stale_after, woken
@@ -192,7 +199,9 @@ class GitWatch:
         self._reading = read(self._repo.read(commit), self._reading)
         self._basis = basis
         known = dict(basis.releases)
-        head, problems = assess(self._reading, commit, author, known=known, registry=registry)
+        head, problems = assess(
+            self._reading, commit, author, known=known, registry=registry, signers=basis.signers
+        )
         return head, [*problems, *_vanished(basis.recorded, head.manifests)]
 
     def _look(self) -> Basis:
@@ -201,7 +210,19 @@ class GitWatch:
                 registry=conn.execute(_NEWEST).scalar_one(),
                 releases=tuple((row.name, row.digest) for row in conn.execute(_DIGESTS)),
                 recorded=tuple((row.id, row.release) for row in conn.execute(_RECORDED)),
+                signers=self._signers(),
             )
+
+    def _signers(self) -> Signers | None:
+        """Read anew at each look. A file that is broken lets nobody new vouch: the last good one
+        counts, and without one nothing is signed."""
+        if self._release_signers is None:
+            return None
+        try:
+            return Signers.load(self._release_signers)
+        except ValueError as error:
+            log.error("release_signers", detail=str(error))
+            return self._basis.signers if self._basis is not None else Signers(people={})
 
     def _restore(self) -> None:
         """After a restart: the head that was accepted last, from the local clone, without Git."""
@@ -252,9 +273,12 @@ def assess(
     *,
     known: Mapping[str, str],
     registry: Mapping[str, Mapping[str, str]],
+    signers: Signers | None = None,
 ) -> tuple[Head, list[Problem]]:
-    """What a tree says, and what is wrong with it; `known`: release name → digest seen before."""
+    """What a tree says, and what is wrong with it; `known`: release name → digest seen before;
+    `signers`: whose signatures a release needs, None where nobody's."""
     problems = [*content.problems, *admit(content, registry), *_rewritten(content, known)]
+    problems += _unsigned(content, signers) if signers is not None else ()
     blocked: dict[str, str] = {}
     for problem in problems:
         if problem.severity != "error":
@@ -271,21 +295,34 @@ def _rewritten(content: Reading, known: Mapping[str, str]) -> list[Problem]:
     for name, release in content.manifests.releases.items():
         if known.get(name, release.digest) == release.digest:
             continue
-        path, _, line = content.manifests.origin.get(("Release", name), "?:1").rpartition(":")
-        users = frozenset(r.name for r in content.manifests.rollouts.values() if r.release == name)
-        found.append(
-            Problem(
-                path=path,
-                line=int(line),
-                col=1,
-                field="spec.artifacts",
-                message=f"release {name} is immutable and was {known[name][:19]}… before: "
-                "give the changed one a new name",
-                severity="error",
-                blocks=users or frozenset({name}),
-            )
+        message = (
+            f"release {name} is immutable and was {known[name][:19]}… before: "
+            "give the changed one a new name"
         )
+        found.append(_of_release(content, name, "spec.artifacts", message))
     return found
+
+
+def _unsigned(content: Reading, signers: Signers) -> Iterator[Problem]:
+    """A release that is to be rolled out needs its people; what runs already is not judged."""
+    for name in sorted({rollout.release for rollout in content.manifests.rollouts.values()}):
+        release = content.manifests.releases.get(name)
+        if release is not None and (why := signers.lacking(release)):
+            yield _of_release(content, name, "spec.signatures", why)
+
+
+def _of_release(content: Reading, name: str, field: str, message: str) -> Problem:
+    path, _, line = content.manifests.origin.get(("Release", name), "?:1").rpartition(":")
+    users = frozenset(r.name for r in content.manifests.rollouts.values() if r.release == name)
+    return Problem(
+        path=path,
+        line=int(line),
+        col=1,
+        field=field,
+        message=message,
+        severity="error",
+        blocks=users or frozenset({name}),
+    )
 
 
 def _vanished(recorded: Sequence[tuple[str, str]], manifests: Manifests) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine
 from controller.gitwatch import assess
 from controller.manifests.kinds import Release
 from controller.manifests.reader import read
+from controller.release_signing import Signers
 from controller.rollout.desired import Catalog
 from controller.rollout.model import Device
 from controller.rollout.plan import Commit, Plan, assumed, plan
@@ -40,16 +41,22 @@ class Tree:
 
 
 def against_fleet(
-    base: Tree, head: Tree, engine: Engine, reader: TelemetryReader, now: float
+    base: Tree,
+    head: Tree,
+    engine: Engine,
+    reader: TelemetryReader,
+    now: float,
+    signers: Signers | None = None,
 ) -> Plan:
-    """The plan with the fleet's own devices, scores, holds and running rollouts."""
+    """The plan with the fleet's own devices, scores, holds and running rollouts; `signers`: whose
+    signatures a release needs."""
     with reading(engine) as conn:
         devices = {d.id: d for d in store.load_devices(conn, 0)[0]}
         known = {
             name: Release.model_validate(document)
             for name, document in store.load_releases(conn).items()
         }
-        before, after = (_commit(tree, known, devices) for tree in (base, head))
+        before, after = (_commit(tree, known, devices, signers) for tree in (base, head))
         world = _world(conn, reader, after.head, devices, known, now)
     past = _past(after.head, devices, reader, now)
     return plan(before, after, world, now, measured=True, past=past)
@@ -62,13 +69,19 @@ def documents_only(base: Tree, head: Tree, now: float) -> Plan:
     return plan(before, after, world, now, measured=False)
 
 
-def _commit(tree: Tree, known: Mapping[str, Release], devices: Mapping[str, Device]) -> Commit:
+def _commit(
+    tree: Tree,
+    known: Mapping[str, Release],
+    devices: Mapping[str, Device],
+    signers: Signers | None = None,
+) -> Commit:
     head, problems = assess(
         read(tree.files),
         tree.commit,
         tree.author,
         known={name: release.digest for name, release in known.items()},
         registry={d.id: d.labels for d in devices.values()},
+        signers=signers,
     )
     return Commit(name=tree.revision, head=head, problems=tuple(problems))
 

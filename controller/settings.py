@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     notify: Path | None = Field(None, description="TOML file: who is told of what")
     webhook_secret_file: Path | None = Field(None, description="file with the Git webhook's secret")
     allowed_signers: Path | None = Field(None, description="ssh allowed-signers file for commits")
+    release_signers: Path | None = Field(
+        None, description="TOML file: whose signatures a release needs, and how many"
+    )
     forge: str | None = Field(
         None, description="API URL of the repository at GitHub or Gitea, or file:///PATH: statuses"
     )

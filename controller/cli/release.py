@@ -1,4 +1,4 @@
-"""`release publish|list|show`."""
+"""`release publish|list|show|sign|key`."""
 
 from __future__ import annotations
 
@@ -87,6 +87,58 @@ def show_release(
         show.as_json(found)
         return
     show.table(("FIELD", "VALUE"), [(key, value) for key, value in found.items()])
+
+
+@group.command("sign")
+def sign(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The manifest with the Release.")],
+    key: Annotated[Path, typer.Option(help="Your private key: Ed25519 in PEM.")],
+    name: Annotated[str, typer.Option(help="Which Release. [the only one of the file]")] = "",
+) -> None:
+    """Write your signature into a Release: commit it then. No server has your key."""
+    from controller import release_signing
+    from controller.manifests.reader import read
+    from controller.manifests.write import with_signatures
+
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failed(f"{file}: {error}: name a readable file") from None
+    content = read({file.name: text})
+    broken = [str(problem) for problem in content.problems if problem.severity == "error"]
+    if broken:
+        raise Failed(broken[0])
+    releases = content.manifests.releases
+    if not name and len(releases) != 1:
+        raise Failed(f"{file} has {len(releases)} releases: choose one by --name")
+    release = releases.get(name or next(iter(releases), ""))
+    if release is None:
+        raise Failed(f"{file}: no release {name!r} in it")
+    try:
+        mine = release_signing.sign(release, release_signing.private_key(key))
+        kept = [one for one in release.signatures if one.keyid != mine.keyid]
+        signatures = [one.model_dump() for one in (*kept, mine)]
+        file.write_text(with_signatures(text, release.name, signatures))
+    except ValueError as error:
+        raise Failed(str(error)) from None
+    n = len(signatures)
+    typer.echo(
+        f"{release.name} is signed by key {mine.keyid[:16]} "
+        f"({n} {'signature' if n == 1 else 'signatures'} in {file}): commit it"
+    )
+
+
+@group.command("key")
+def new_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the private key goes.")],
+) -> None:
+    """Make a key to sign releases with; prints what the file of release signers needs."""
+    from controller.keys import DirectorKey
+
+    if file.exists():
+        raise Failed(f"{file} is there already: name a new file")
+    public = DirectorKey.load_or_create(file).public_hex
+    typer.echo(f'[[signer]]\nname = "{file.stem}"\npublic = "{public}"')
 
 
 def _components(release: dict[str, Any]) -> list[str]:

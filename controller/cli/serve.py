@@ -69,6 +69,9 @@ def serve(
     allowed_signers: Annotated[
         Path | None, typer.Option(help="SSH allowed-signers file: commits must be signed.")
     ] = None,
+    release_signers: Annotated[
+        Path | None, typer.Option(help="TOML file: whose signatures a release needs.")
+    ] = None,
     forge: Annotated[
         str | None,
         typer.Option(help="Commit statuses: the repository's API URL (GitHub, Gitea), or file:///"),
@@ -129,6 +132,7 @@ def serve(
         "audit_anchor": audit_anchor,
         "webhook_secret_file": webhook_secret_file,
         "allowed_signers": allowed_signers,
+        "release_signers": release_signers,
         "forge": forge,
         "forge_token_file": forge_token_file,
         "poll_interval": poll_interval,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -10,7 +11,9 @@ from pydantic import Field, StringConstraints
 from controller.http.access import Principal, Right, must_everywhere, needs
 from controller.http.bodies import Body
 from controller.http.ports import Given
+from controller.http.problems import Problem
 from controller.planner import Tree, against_fleet
+from controller.release_signing import Signers
 from controller.rollout import plan_text
 
 router = APIRouter(prefix="/api/v1")
@@ -36,9 +39,19 @@ def plan(body: Wanted, deps: Given, who: Viewer) -> dict[str, Any]:
     """Devices by step, who is left out and why, downloads, earliest end, what gates can prove."""
     must_everywhere(who, Right.VIEW, "a plan tells of all of them")
     made = against_fleet(
-        _tree(body.base, "base"), _tree(body.head, "head"), deps.engine, deps.reader, deps.clock()
-    )
+        _tree(body.base, "base"), _tree(body.head, "head"), deps.engine, deps.reader, deps.clock(),
+        _signers(deps.settings.release_signers),
+    )  # fmt: skip
     return plan_text.document(made)
+
+
+def _signers(path: Path | None) -> Signers | None:
+    if path is None:
+        return None
+    try:
+        return Signers.load(path)
+    except ValueError as error:
+        raise Problem(503, f"whose signatures count is not known here: {error}") from None
 
 
 def _tree(side: Side, name: str) -> Tree:

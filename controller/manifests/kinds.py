@@ -224,6 +224,13 @@ class Sbom(Model):
     url: str
 
 
+class ReleaseSignature(Model):
+    """One person's word for a release: see `controller.release_signing`."""
+
+    keyid: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sig: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
 class Release(Named):
     version: Text
     artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1, max_length=32)]
@@ -239,6 +246,7 @@ class Release(Named):
     fixes: Name | None = None
     sbom: Sbom | None = None
     notes: str = ""
+    signatures: Annotated[tuple[ReleaseSignature, ...], Field(max_length=16)] = ()
 
     @model_validator(mode="after")
     def _one_artifact_a_component(self) -> Release:

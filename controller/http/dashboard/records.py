@@ -13,9 +13,11 @@ from controller.http.dashboard.board import initiatives, scorecards
 from controller.http.dashboard.measured import Measured
 from controller.http.dashboard.routes import Page, Scene
 from controller.http.dashboard.sights import rows_of, told_of
-from controller.http.dashboard.signs import of_verdict
+from controller.http.dashboard.signs import Sign, Tone, of_verdict, sign
 from controller.http.ports import Deps
 from controller.http.problems import Problem
+from controller.manifests.kinds import Release
+from controller.release_signing import Signers
 from controller.rollout.replay import Unreadable, replay
 from controller.store import lookups, views
 from telemetry.outcomes import Shipped, delivery
@@ -56,8 +58,30 @@ def _release(page: Scene, conn: Connection, name: str) -> Plain:
         ],
         "rows": rows_of(told_of(conn, rollouts)),
         "installed": _installed(page, conn, {str(a["digest"]) for a in artifacts}),
+        "signatures": _signatures(page.deps, row.document),
         "title": row.name,
     }
+
+
+def _signatures(deps: Deps, document: Plain) -> list[Plain]:
+    """Who has signed it: key, person, and whether the signature holds."""
+    release, file = Release.model_validate(document), deps.settings.release_signers
+    try:
+        signers = Signers(people={}) if file is None else Signers.load(file)
+    except ValueError:
+        signers = Signers(people={})  # the controller says what is wrong with the file
+    found = []
+    for one in release.signatures:
+        name, _ = signers.people.get(one.keyid, ("", b""))
+        holds = bool(signers.vouching(release.model_copy(update={"signatures": (one,)})))
+        found.append({"keyid": one.keyid, "name": name, "sign": _of_signature(name, holds)})
+    return found
+
+
+def _of_signature(name: str, holds: bool) -> Sign:
+    if not name:
+        return sign("Key not known here", Tone.WAIT)
+    return sign("Holds", Tone.GOOD) if holds else sign("Is of something else", Tone.BAD)
 
 
 def _installed(page: Scene, conn: Connection, digests: set[str]) -> list[Plain]:
