@@ -103,8 +103,9 @@ class Shocks:
 
 
 def _into(sums: Floats, amount: float, here: Bools, late: Bools) -> None:
-    late = here & late
     sums[0] += amount * here
     sums[1] += here
-    sums[2] += amount * late
-    sums[3] += late
+    late = here & late
+    if late.any():
+        sums[2] += amount * late
+        sums[3] += late

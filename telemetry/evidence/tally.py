@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from telemetry.evidence.grouping import Grouping
 from telemetry.evidence.levels import Sums
 from telemetry.evidence.observations import (
     ArmSeen,
@@ -72,6 +73,7 @@ class Tally:
         self._firsts = {metric: Firsts(engine) for metric in self._metrics}
         self._shocks = {name: Shocks() for name in (*self._metrics, *self._level_names)}
         self._units = {gate.metric: gate.unit for gate in counted}
+        self._groupings: dict[str, Grouping] = {}
 
     # -- who counts --------------------------------------------------------------------------------
 
@@ -165,7 +167,9 @@ class Tally:
         if not new.any():
             return
         width = self._present.shape[1]
-        pairs = np.unique(unit[new] * width + column[new])
+        pairs = unit[new] * width + column[new]
+        if (np.diff(pairs) <= 0).any():  # in no order, or twice
+            pairs = np.unique(pairs)
         unit, column = pairs // width, pairs % width
         self._present[unit, column] = True
         np.add.at(self._seen, unit, 1)
@@ -193,9 +197,8 @@ class Tally:
 
     def first_events(self, metric: str) -> tuple[FirstEvents, ...]:
         firsts = self._firsts[metric]
-        stratum, exposed = self._stratum[: self.units], self._exposed[: self.units]
-        here = self._seen[: self.units] > 0
-        risk = _by(stratum * 2 + exposed, here.astype(np.float64), 2 * len(self._strata))
+        here = (self._seen[: self.units] > 0).astype(np.float64)
+        risk = self._by_stratum(here[None])[0]
         found = []
         for (wave, hardware, band), s in sorted(self._strata.items()):
             d0, d1 = firsts.events(s)
@@ -250,12 +253,11 @@ class Tally:
         x, expected = self._expected(gate, what)
         y = np.minimum(np.maximum(self.now(what)[:n], 0.0), self._cap(expected))
         use = (x > 0).astype(np.float64)
-        slot = self._stratum[:n] * 2 + self._exposed[:n]
-        rows = [use, y * use, x, y * y * use, x * y, x * x]
-        sums = [_by(slot, row, 2 * len(self._strata)) for row in rows]
+        y = y * use
+        sums = self._by_stratum(np.stack([use, y, x, y * y, x * y, x * x]))
 
         def arm(at: int) -> Sums:
-            m, y, x, yy, xy, xx = (float(row[at]) for row in sums)
+            m, y, x, yy, xy, xx = sums[:, at].tolist()
             return Sums(n=m, y=y, x=x, yy=yy, xy=xy, xx=xx)
 
         return tuple(
@@ -419,16 +421,26 @@ class Tally:
 
     def _by_arm(self, votes: Floats) -> list[tuple[int, str, str, float, list[float]]]:
         """(wave, hardware, arm, units, sums of each row of `votes`) of the arms that exist."""
-        n, slots = self.units, 2 * len(self._cells)
-        slot = self._cell[:n] * 2 + self._exposed[:n]
-        units = _by(slot, np.ones(n), slots)
-        sums = np.stack([_by(slot, row, slots) for row in votes]) if slots else votes[:, :0]
+        arms = self._grouping("arms", self._cell, len(self._cells))
+        units, sums = arms.sizes, arms.sums(votes)
         return [
             (wave, hardware, arm, float(units[at]), sums[:, at].tolist())
             for (wave, hardware), cell in sorted(self._cells.items())
             for arm, at in (("control", 2 * cell), ("exposed", 2 * cell + 1))
             if units[at]
         ]
+
+    def _by_stratum(self, rows: Floats) -> Floats:
+        """Sums of each row by (stratum, arm): column 2 s + exposed."""
+        return self._grouping("strata", self._stratum, len(self._strata)).sums(rows)
+
+    def _grouping(self, name: str, of: Ints, many: int) -> Grouping:
+        """Units by (cell or stratum, arm); made anew when units were added."""
+        n, held = self.units, self._groupings.get(name)
+        if held is None or held.units != n:
+            held = Grouping(of[:n] * 2 + self._exposed[:n], 2 * many)
+            self._groupings[name] = held
+        return held
 
     # -- room --------------------------------------------------------------------------------------
 
@@ -494,5 +506,7 @@ def observe(
 
 
 def _by(slot: Ints, votes: npt.NDArray[Any], slots: int) -> Floats:
-    result: Floats = np.bincount(slot, weights=votes, minlength=slots).astype(np.float64)
+    result: Floats = np.bincount(slot, weights=votes, minlength=slots).astype(
+        np.float64, copy=False
+    )
     return result
