@@ -66,7 +66,7 @@ def journals(story: Story) -> dict[str, tuple[str, str, int]]:
         with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db:
             (body,) = db.execute("SELECT body FROM record").fetchone()
         record = json.loads(body)
-        if record["update"] and record["update"]["state"] in ("OFFERED", "DOWNLOADING"):
+        if (record.get("update") or {}).get("state") in ("OFFERED", "DOWNLOADING"):
             continue
         release = record["running"]["autopilot"]["release"]
         found[file.parent.name] = (stage.FLEET, release, len(record["history"]))
