@@ -10,7 +10,8 @@ Pure. Rules, in order:
 4. `pace: steps`: the members of a step that run it go back when nobody of the steps before, who can
    be reached, is still away. Who does not run it yet never waits: it must not start.
 5. A way back can fail as well. Where `abortFailed` devices did not come back, those that run it and
-   have not begun to leave stay as they are, and a person is asked: `resume` goes on.
+   have not begun to leave stay as they are, and a person is asked: `resume` goes on. So does the
+   return of those that were missed.
 """
 
 from __future__ import annotations
@@ -65,9 +66,11 @@ def going_back(world: World, rollout: Rollout, muster: Muster, now: float) -> It
         return
     way = _count(muster)
     if frozen(rollout):
+        if way.lost < rollout.flags["frozen"]:
+            yield from _thaw(rollout, now)
         return
     limit = world.pinned[rollout.id].rollout.rollback.abort_failed
-    if limit and way.lost >= limit + int(rollout.flags.get("forgiven", 0)) and way.left:
+    if limit and way.lost >= limit + _forgiven(rollout) and way.left:
         yield from _freeze(rollout, hold, way, limit, now)
         return
     step = rollout.flags.get("back_step")
@@ -142,8 +145,8 @@ def begun(row: DeviceRow | None, order: Order | None) -> bool:
     """Has the device begun to carry out this order back?"""
     if row is None or order is None or order.kind != Kind.ROLLBACK:
         return False
-    same = (row.term, row.generation) == (order.term, order.generation)
-    return same and (row.state in _LEAVING or row.state in _FAILED)
+    # By the attempt: what was tried once stays tried when the order is issued again.
+    return row.attempt == order.attempt and (row.state in _LEAVING or row.state in _FAILED)
 
 
 def failed_back(
@@ -164,7 +167,7 @@ def _freeze(
         f"{rollout.sentence}{FROZEN}{way.lost} devices failed to come back, abortFailed of the way "
         f"back is {limit}: {way.left} others stay as they are until `resume`"
     )
-    flags = {**rollout.flags, "frozen": True, "forgiven": way.lost}
+    flags = {**rollout.flags, "frozen": limit + _forgiven(rollout), "lost": way.lost}
     yield Change(
         rollout=replace(
             rollout,
@@ -196,8 +199,27 @@ def thawed(rollout: Rollout, actor: str, because: str, now: float) -> Rollout:
         sentence=f"{before}; RESUMED by {actor}{because}",
         revision=rollout.revision + 1,
         updated_at=now,
-        flags={**rollout.flags, "frozen": False},
+        flags={**rollout.flags, "frozen": 0, "forgiven": int(rollout.flags.get("lost", 0))},
     )
+
+
+def _forgiven(rollout: Rollout) -> int:
+    """Failures of the way back that a person knew of when it was resumed."""
+    return int(rollout.flags.get("forgiven", 0))
+
+
+def _thaw(rollout: Rollout, now: float) -> Iterator[Action]:
+    sentence = f"{rollout.sentence.partition(FROZEN)[0]}; those that were missed are back"
+    yield Change(
+        rollout=replace(
+            rollout,
+            sentence=sentence,
+            revision=rollout.revision + 1,
+            updated_at=now,
+            flags={**rollout.flags, "frozen": 0},
+        )
+    )
+    yield Decision(rollout=rollout.id, kind="state", verdict="RollingBack", sentence=sentence)
 
 
 def _next_step(rollout: Rollout, step: int, now: float) -> Iterator[Action]:

@@ -223,6 +223,32 @@ def test_devices_that_went_silent_on_their_way_back_count(story: Story) -> None:
             cars.world.say(name)
         cars.loop.tick(cars.world.now)
     assert "FROZEN — 2 devices failed to come back" in cars.rollout().sentence
+    assert {cars.world.orders[n][-1].kind for n in names[2:]} == {Kind.NONE}
+    tick(cars, 2, *names[:2])  # they were only slow
+    assert "FROZEN" not in cars.rollout().sentence
+    assert {cars.world.orders[n][-1].kind for n in names[2:]} == {Kind.ROLLBACK}
+    for name in names[:2]:
+        cars.world.say(name, generation=0)  # so that they carry out the order after all
+    tick(cars, 3, *names)
+    assert cars.rollout().state == "RolledBack"
+    assert on_it(cars) == []
+
+
+def test_an_order_back_that_is_issued_again_thaws_nothing(story: Story) -> None:  # noqa: F811
+    cars = widened(story)
+    names = on_it(cars)
+    cars.command("rollback")
+    tick(cars, 1)
+    for name in names[:2]:
+        fails(cars, name, state=State.FAILED, reason="activation_failed")
+    tick(cars, 2)
+    assert "FROZEN" in cars.rollout().sentence
+    before = len(cars.world.orders[names[0]])
+    cars.world.now += 310
+    tick(cars, 3)
+    assert len(cars.world.orders[names[0]]) == before + 1
+    assert "FROZEN" in cars.rollout().sentence
+    assert {cars.world.orders[n][-1].kind for n in names[2:]} == {Kind.NONE}
 
 
 def test_a_fix_leads_on_who_stays_frozen(story: Story) -> None:  # noqa: F811
