@@ -20,6 +20,7 @@ Ints = npt.NDArray[np.int64]
 
 MAX_ROWS = 5_000_000
 MAX_CELL = 200  # characters
+MAX_HEADER = 1 << 16
 MAX_EVENTS = 1_000_000_000
 _MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
 _FIXED = ("device", "time", "exposure")
@@ -48,9 +49,16 @@ def read(path: Path) -> History:
     csv.field_size_limit(1 << 16)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return _read(csv.reader(file, strict=True))
+            parted_by = _delimiter(file.readline(MAX_HEADER))
+            file.seek(0)
+            return _read(csv.reader(file, strict=True, delimiter=parted_by))
     except UnicodeDecodeError as error:
         raise Unreadable(f"{path.name}: not UTF-8 text ({error.reason})") from None
+
+
+def _delimiter(header: str) -> str:
+    """Tables of other programs are parted by semicolons or tabs: the header tells."""
+    return max(",;\t", key=header.count)
 
 
 def _read(lines: csv._reader) -> History:  # type: ignore[name-defined]
@@ -75,6 +83,11 @@ def _read(lines: csv._reader) -> History:  # type: ignore[name-defined]
             raise Unreadable(f"{where}: more than {MAX_ROWS:,} rows; take a shorter stretch")
     if not rows:
         raise Unreadable("line 2: no rows below the header")
+    if repeated > len(rows):
+        raise Unreadable(
+            f"{repeated:,} of {repeated + len(rows):,} rows repeat the device and time of another; "
+            "write the time of day, or one row of a device for each stretch"
+        )
     return _history(rows, columns, repeated)
 
 
@@ -164,9 +177,11 @@ def _number(cell: str, where: str, name: str, *, missing: float) -> float:
 def _time(cell: str, where: str) -> float:
     text = cell.strip()
     try:
-        return _seconds(float(text), text, where)
+        number = float(text)
     except ValueError:
-        pass
+        number = None
+    if number is not None:
+        return _seconds(number, text, where)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -180,7 +195,8 @@ def _time(cell: str, where: str) -> float:
 
 def _seconds(value: float, text: str, where: str) -> float:
     if not (math.isfinite(value) and -1e11 < value < 1e11):
-        raise Unreadable(f"{where}: time is {text!r}; seconds since 1970 are expected")
+        much = " (these look like milliseconds or less)" if 1e11 <= value < 1e20 else ""
+        raise Unreadable(f"{where}: time is {text!r}; seconds since 1970 are expected{much}")
     return value
 
 

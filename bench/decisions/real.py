@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ FACTOR = 2.0  # A/B: events × this
 SHIFT = 1.0  # A/B: levels + this many standard deviations between devices
 BASELINE_DAYS = 14
 LEAST = 20  # devices in the file
+WRONG_CLOCK = 20  # × the stretch that holds 99 % of the rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,23 +70,47 @@ def prepared(history: History) -> Plan:
     if len(history.devices) < LEAST:
         raise Unreadable(f"{len(history.devices)} devices; two groups of 10 need {LEAST}")
     span = float(history.time[-1] - history.time[0])
+    _timely(history, span)
     gaps = _gaps(history)
     if span <= 0 or gaps.size == 0:
         raise Unreadable("every device has one row only: there is no time to look at")
     tick = max(float(np.median(gaps)), span * 0.6 / TICKS)
     scatter = {name: _scatter(history, values) for name, values in history.levels.items()}
-    gates = [Gate(metric=name, type=GateType.RATE) for name in history.events]
+    gates = [
+        Gate(metric=name, type=GateType.RATE)
+        for name, counts in history.events.items()
+        if counts[history.exposure > 0].any()
+    ]
     gates += [
         Gate(metric=name, type=GateType.MEAN, margin=Margin(absolute=wide))
         for name, wide in scatter.items()
         if wide > 0
     ]
+    if not gates:
+        raise Unreadable(
+            "nothing to judge: every exposure is 0, or no event ever happened and no level varies "
+            "between devices"
+        )
     return Plan(
         history=history,
         policy=Policy(name="calibration", gates=tuple(gates)),
         tick=tick,
         scatter=scatter,
     )
+
+
+def _timely(history: History, span: float) -> None:
+    """One clock of 1970 would stretch every tick to years."""
+    low, high = np.quantile(history.time, [0.005, 0.995])
+    if span > WRONG_CLOCK * max(float(high - low), 1.0) and history.time.size >= 200:
+        first, last = (
+            datetime.fromtimestamp(float(t), UTC).date().isoformat()
+            for t in (history.time[0], history.time[-1])
+        )
+        raise Unreadable(
+            f"times reach from {first} to {last}, but 99 % of the rows lie within "
+            f"{float(high - low) / 86_400:.3g} days; leave out the rows of wrong clocks"
+        )
 
 
 def rolled_back(plan: Plan, size: int, harmed: bool, seed: list[int]) -> bool:
@@ -107,6 +133,8 @@ def rolled_back(plan: Plan, size: int, harmed: bool, seed: list[int]) -> bool:
     shapes = _past(plan, tally, unit, start, begin)
     rows = np.flatnonzero(unit[history.device[begin:]] >= 0) + begin
     rows = rows[history.exposure[rows] > 0]
+    tick = (history.time[rows] - start) // plan.tick
+    rows = rows[np.lexsort((unit[history.device[rows]], tick))]
     events, levels = _told(plan, rows, unit, size, harmed, chance)
     ticks = ((history.time[rows] - start) // plan.tick).astype(np.int64)
     logged = {name for name, shape in shapes.items() if shape.logged}

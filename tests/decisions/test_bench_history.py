@@ -56,6 +56,10 @@ HEAD = "device,time,exposure,events,levels\n"
         (HEAD + ",1,1,0,5\n", "line 2: no device"),
         (HEAD + "a,yesterday,1,0,5\n", "line 2: time is 'yesterday'"),
         (HEAD + "a,1e300,1,0,5\n", "line 2: time is '1e300'"),
+        (
+            HEAD + "a,1700000000000,1,0,5\n",
+            "seconds since 1970 are expected (these look like milli",
+        ),
         (HEAD + "a,nan,1,0,5\n", "line 2: time is 'nan'"),
         (HEAD + "a,1,-1,0,5\n", "line 2: exposure -1"),
         (HEAD + "a,1,1,-3,5\n", "line 2: events is '-3'"),
@@ -106,6 +110,47 @@ def test_a_harmless_history_is_seldom_rolled_back_and_harm_is_seen(tmp_path: Pat
     assert all(row.more["rolled_back"] <= 2 for row in same)
     assert harmed[-1].value > same[-1].value
     assert same[0].more["repeated_rows"] > 0
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_semicolons_and_tabs_part_cells_as_well(tmp_path: Path, mark: str) -> None:
+    found = read(written(tmp_path, GOOD.replace(",", mark)))
+    assert found.devices == ("a", "b")
+    assert found.events["events.crash"].tolist() == [0, 2, 1]
+
+
+def table(
+    rows: str = "{d},{t},1,{e}", times: int = 30, head: str = "device,time,exposure,events"
+) -> str:
+    lines = [rows.format(d=f"d{i}", t=1.7e9 + 3600 * t, e=(i * t) % 7 == 1)
+             for t in range(times) for i in range(30)]  # fmt: skip
+    return head + "\n" + "\n".join(lines).replace("True", "1").replace("False", "0") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (table("{d},{t},0,{e}"), "nothing to judge: every exposure is 0"),
+        (table("{d},{t},1,0"), "nothing to judge: .* no event ever happened"),
+        (table("{d},{t},1,5", head="device,time,exposure,levels"), "no level varies"),
+        (table("{d},{t},1,", head="device,time,exposure,levels"), "no level varies"),
+        (table() + "d1,5,1,1\n", "from 1970-01-01 to 2023-11-1.* wrong clocks"),
+    ],
+)
+def test_what_can_tell_nothing_is_said(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(Unreadable, match=says):
+        real.prepared(read(written(tmp_path, text)))
+
+
+def test_days_without_a_time_of_day_are_not_thrown_away_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable, match=r"870 of 900 rows repeat .* time of day"):
+        read(written(tmp_path, table("{d},2026-03-01,1,{e}")))
+
+
+def test_a_column_without_any_event_is_left_out_beside_one_with_some(tmp_path: Path) -> None:
+    text = table("{d},{t},1,{e},0", head="device,time,exposure,events.a,events.b")
+    plan = real.prepared(read(written(tmp_path, text)))
+    assert [gate.metric for gate in plan.policy.gates] == ["events.a"]
 
 
 def test_too_few_devices_or_no_time_are_said(tmp_path: Path) -> None:
