@@ -298,18 +298,22 @@ class _Batch:
         n1, n0 = (float(size.sum()) for size in self.size)
         if n0 <= 0:
             return False
-        for table in (self.first, self.events):
-            one, zero = (float(arm[at].sum()) for arm in table)
-            usual = (one + zero) * n1 / (n1 + n0)
-            if one - usual > _IDLE * math.sqrt(max(usual, 0.25)):
-                return False
+        pairs = [(*(float(arm[at].sum()) for arm in table), n1, n0)
+                 for table in (self.first, self.events)]  # fmt: skip
         for h in range(len(self.names)):
             one, zero = float(self.first[0][at][h]), float(self.first[1][at][h])
-            m1, m0 = float(self.size[0][h]), float(self.size[1][h])
-            usual = (one + zero) * m1 / max(m1 + m0, 1.0)
-            if one - usual > _IDLE * math.sqrt(max(usual, 0.25)):
-                return False
-        return True
+            pairs.append((one, zero, float(self.size[0][h]), float(self.size[1][h])))
+        return not any(_more(*pair) for pair in pairs)
+
+
+def _more(one: float, zero: float, n1: float, n0: float) -> bool:
+    """Are there so many more in the exposed arm that the evidence may be near its limit?
+
+    In standard errors of a share: where controls are few, few events too many weigh as much.
+    """
+    share = n1 / max(n1 + n0, 1.0)
+    usual = (one + zero) * share
+    return one - usual > _IDLE * math.sqrt(max(usual * (1 - share), 0.05))
 
 
 def _batches(

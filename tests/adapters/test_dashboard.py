@@ -25,7 +25,7 @@ from controller.rollout.model import Arm, Member, MemberState
 from controller.store import approvals, lookups, views
 from controller.store import rollouts as store
 from controller.store.database import open_control
-from controller.store.tables import commands, devices, member_counts, members, rollouts
+from controller.store.tables import commands, devices, holds, member_counts, members, rollouts
 from controller.tokens import Role
 from telemetry.store import tables as heard
 from telemetry.store.database import open_engine, reading, writing
@@ -341,6 +341,34 @@ def test_a_measurement_is_not_waited_for() -> None:
     while measured.get("a", lambda: "again").value != "again":  # type: ignore[union-attr]
         pass
     measured.close()
+
+
+def test_one_device_alone_is_rolled_back_from_its_page(house: Any) -> None:
+    house.add_rollout()
+    house.enrol("car-1")
+    house.enrol("car-2")
+    member = Member(
+        device="car-1", step=0, arm=Arm.EXPOSED, drawn_at=NOW, hardware="", band=0, score=None,
+        state=MemberState.UPDATED,
+    )  # fmt: skip
+    with writing(house.deps.engine) as conn:
+        store.put_members(conn, "01cars".ljust(26, "0"), [member])
+    page = house.client.get("/devices/car-1", headers=HTML).text
+    found = re.search(r'href="([^"]+)">.*Roll back this device', page)
+    assert found is not None
+    path = found[1].replace("&amp;", "&")
+    assert "Roll back this device" not in house.client.get("/devices/car-2", headers=HTML).text
+    viewer = house.client.get("/devices/car-1", headers={**HTML, **house.token(Role.VIEWER)})
+    assert "Roll back this device" not in viewer.text
+    fields = {**form(house.client, path), "reason": "brakes late"}
+    assert fields["scope"] == "device:car-1"
+    assert house.client.post(path.partition("?")[0], data=fields).status_code == 200
+    with reading(house.deps.engine) as conn:
+        (hold,) = conn.execute(select(holds)).all()
+    assert (hold.scope, hold.to) == ({"devices": ["car-1"]}, "previous")
+    for scope in ("device:", "device:../x", "device:A", "devices:car-1"):
+        refused = house.client.post(path.partition("?")[0], data={**fields, "scope": scope})
+        assert refused.status_code == 422, scope
 
 
 def test_a_list_is_there_for_programs_page_by_page(house: Any) -> None:

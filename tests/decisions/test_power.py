@@ -74,8 +74,15 @@ def _repeat(total: np.ndarray, expected: np.ndarray, arms: np.ndarray) -> float:
     many = [float(o[a].sum()) for a in (0, 1)]
     scatter = [float(((o[a] - many[a] / x[a].sum() * x[a]) ** 2).sum()) for a in (0, 1)]
     usual = max(1.0, sum(scatter) / sum(many))
-    parts = [max(scatter[a], usual * many[a]) / many[a] ** 2 for a in (0, 1)]
-    free = [many[a] ** 2 / float((o[a] ** 2).sum()) for a in (0, 1)]
+    spoke = [many[a] ** 2 / float((o[a] ** 2).sum()) for a in (0, 1)]  # as many, equally busy
+    lean = [30 / (spoke[a] + 30) for a in (0, 1)]
+    own = [lean[a] * usual + (1 - lean[a]) * scatter[a] / many[a] for a in (0, 1)]
+    parts = [max(usual, own[a]) / many[a] for a in (0, 1)]
+    beyond = [parts[a] - 1 / many[a] for a in (0, 1)]  # what is estimated: beyond Poisson
+    free = [
+        min(1e4, spoke[a] * (parts[a] / beyond[a]) ** 2) if beyond[a] > 1e-12 else 1e4
+        for a in (0, 1)
+    ]
     variance = sum(parts)
     df = variance**2 / sum(parts[a] ** 2 / free[a] for a in (0, 1))
     share = x[1].sum() / (x[0].sum() + x[1].sum())
@@ -87,7 +94,9 @@ def _repeat(total: np.ndarray, expected: np.ndarray, arms: np.ndarray) -> float:
     z = float(stats.norm.isf(stats.t.sf(t, df)))
     s, i, tau = z / sigma, 1 / variance, math.log(2)
     u = tau * s / math.sqrt(1 + tau**2 * i)
-    return float(2 / math.sqrt(1 + tau**2 * i) * math.exp(u * u / 2) * stats.norm.cdf(u))
+    mixture = 2 / math.sqrt(1 + tau**2 * i) * math.exp(u * u / 2) * stats.norm.cdf(u)
+    modest = math.exp(min(700, math.log(1.5) * s - math.log(1.5) ** 2 * i / 2))
+    return float(0.5 * mixture + 0.5 * modest)
 
 
 @pytest.mark.parametrize(("n", "rise"), [(100, 2.0), (300, 1.5)])

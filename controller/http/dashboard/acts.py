@@ -125,31 +125,34 @@ def _dialog(
         "stale": code == 412,
         "typed": {name: typed.get(name, "") for name in ("reason", "incident", "name")},
         "scope_given": typed.get("scope", ""),
-        "scopes": _scopes(row.pinned) if verb in ("rollback", "hold") else (),
+        "scopes": _scopes(row.pinned, part) if verb in ("rollback", "hold") else (),
         "title": f"{VERBS[verb][0]}: {row.name}",
     }
     return rendering.page(page.request, "dialog.html", page.who, shown, status=code)
 
 
-def _scopes(pinned: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the dialog offers besides everything: the steps and the cohorts."""
+def _scopes(pinned: Mapping[str, Any], part: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the dialog offers besides everything: the steps, the cohorts, the device asked for."""
     steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
     waves = len(steps) + (1 if pinned.get("fixes") else 0)
     cohorts = [str(c.get("name")) for c in pinned.get("fleet", {}).get("cohorts", ())]
     return [
         *((f"step:{n}", f"step {n + 1} alone") for n in range(waves)),
         *((f"cohort:{name}", f"cohort {name} alone") for name in cohorts),
+        *((f"device:{one}", f"device {one} alone") for one in (part or {}).get("devices", ())),
     ]
 
 
 def _scope(text: str, verb: str) -> dict[str, Any] | None:
-    """`step:1`, `cohort:canary` → the scope as the API takes it; None: everything."""
+    """`step:1`, `cohort:canary`, `device:car-7` → the API's scope; None: everything."""
     if not text:
         return None
     kind, _, value = text.partition(":")
-    if verb not in ("rollback", "hold") or kind not in ("step", "cohort"):
+    if verb not in ("rollback", "hold") or kind not in ("step", "cohort", "device"):
         raise commands.Refused(422, f"scope: {text[:80]!r} is none of this dialog's")
     given: dict[str, Any] = {kind: int(value) if kind == "step" and value.isdigit() else value}
+    if kind == "device":
+        given = {"devices": [value]}
     try:
         return scope.checked(given)
     except ValueError as error:

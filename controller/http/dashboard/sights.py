@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from sqlalchemy import Connection, Row
 
+from controller import commands
 from controller.http.dashboard import device as device_page
 from controller.http.dashboard import evidence, overview
 from controller.http.dashboard import rollout as rollout_page
@@ -21,7 +23,7 @@ from controller.http.dashboard.tally import members as member_tally
 from controller.http.devicebook import DeviceBook
 from controller.http.ports import Deps
 from controller.http.problems import Problem
-from controller.roles import Principal
+from controller.roles import Principal, Right
 from controller.store import lookups, views
 from controller.store.devices import get_many
 from telemetry.store.database import reading
@@ -29,6 +31,7 @@ from telemetry.store.database import reading
 Plain = dict[str, Any]
 DECISIONS_SHOWN = 12
 POINTS_SHOWN = 200  # of the chart
+_HAS_IT = frozenset({"told", "updated", "failed", "silent"})  # members that were told the release
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +228,25 @@ def _device(eyes: Eyes, name: str) -> Plain:
         "components": device_page.components(told),
         "newest": newest,
         "checks": checks,
+        "back": _way_back(eyes, told),
         "score": eyes.book.explain(conn, row.fleet, name),
         "timeline": device_page.timeline(told, lookups.memberships_of(conn, name, 20), audited),
         "title": name,
     }
+
+
+def _way_back(eyes: Eyes, told: Plain) -> str:
+    """The dialog that takes this device alone back from its newest rollout; empty: there is none,
+    or this person may not."""
+    member = told["membership"]
+    if member is None or member["arm"] == "control" or member["state"] not in _HAS_IT:
+        return ""
+    row = views.find_rollout(eyes.conn, member["rollout"])
+    if row is None or not commands.allowed("rollback", row.state):
+        return ""
+    if not eyes.who.may(Right.STOP, told["fleet"]):
+        return ""
+    return f"/rollouts/{row.id}/rollback?" + urlencode({"scope": f"device:{told['id']}"})
 
 
 # -- on call --------------------------------------------------------------------------------------
