@@ -99,10 +99,15 @@ def _repeat(total: np.ndarray, expected: np.ndarray, arms: np.ndarray) -> float:
     return float(0.5 * mixture + 0.5 * modest)
 
 
-@pytest.mark.parametrize(("n", "rise"), [(100, 2.0), (300, 1.5)])
-def test_power_agrees_with_another_simulator_within_five_points(n: int, rise: float) -> None:
-    by24, by48 = simulated(n, 5 * n, rise, runs=1000, seed=11)
-    found = power(POLICY, [wave(n, 5 * n)], FLEET, rises=(rise,), runs=1000, seed=5)[0]
+@pytest.mark.parametrize(
+    ("n", "controls", "rise", "runs"),
+    [(100, 500, 2.0, 1000), (300, 1500, 1.5, 1000), (300, 60, 2.5, 500)],  # few controls too
+)
+def test_power_agrees_with_another_simulator_within_five_points(
+    n: int, controls: int, rise: float, runs: int
+) -> None:
+    by24, by48 = simulated(n, controls, rise, runs=runs, seed=11)
+    found = power(POLICY, [wave(n, controls)], FLEET, rises=(rise,), runs=1000, seed=5)[0]
     chance = found.gates[1].chances[0]
     assert 0.1 < by48 < 0.95  # a question that has no answer by itself
     assert chance.by_soak == pytest.approx(by24, abs=0.05)
