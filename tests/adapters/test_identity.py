@@ -21,7 +21,7 @@ import httpx2
 import pytest
 from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet, OctKey, OKPKey, RSAKey
-from sqlalchemy import select
+from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from controller import rolemap
@@ -29,7 +29,7 @@ from controller.bearer import FRESH, Keys, NotBelieved, claims
 from controller.http.app import create_app
 from controller.settings import Settings, SettingsError, load
 from controller.store.tables import audit, logins
-from telemetry.store.database import reading
+from telemetry.store.database import reading, writing
 
 if TYPE_CHECKING:
     from conftest import House
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:EdDSA is deprecated")
 
 NOW = 1_800_000_000.0
+STRICT = Path(__file__).with_name("strict_provider.py")
 ISSUER, AUDIENCE = "https://id.example", "bellwether"
 ROLES = """
 [[grant]]
@@ -353,7 +354,7 @@ def test_settings_of_identity_are_whole_or_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[str]:
-    """A standards-conforming OpenID provider, as a process of its own."""
+    """A standards-conforming OpenID provider that verifies PKCE, as a process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -364,7 +365,7 @@ def provider() -> Iterator[str]:
     ]
     args = [arg for person in people for arg in ("--user-claims", json.dumps(person))]
     child = subprocess.Popen(
-        [sys.executable, "-m", "oidc_provider_mock", "--port", str(port), *args],
+        [sys.executable, str(STRICT), "--port", str(port), *args],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -467,6 +468,19 @@ def test_a_code_of_another_login_is_not_believed(site: TestClient) -> None:
     answer = site.get("/login/oidc/callback", params={"state": mine, "code": stolen})
     assert answer.status_code == 403
     assert "not valid" in answer.text
+
+
+def test_the_provider_takes_a_code_from_whoever_knows_its_verifier_alone(
+    house: House, site: TestClient
+) -> None:
+    """PKCE: the provider itself compares the verifier with the challenge of the beginning."""
+    back = at_provider(begin(site), "ann")
+    with writing(house.deps.engine) as conn:
+        conn.execute(update(logins).values(verifier="x" * 64))
+    answer = site.get(back)
+    assert answer.status_code == 403, answer.text
+    assert site.get("/api/v1/rollouts").status_code == 401
+    assert site.get(at_provider(begin(site), "ann")).status_code == 303  # and with its own it does
 
 
 def test_who_has_no_role_is_told_so(site: TestClient) -> None:
