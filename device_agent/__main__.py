@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,22 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # A width that is said: argparse would load shutil, and with it the compressors, to ask for it.
+    words = partial(argparse.HelpFormatter, width=100)
     parser = argparse.ArgumentParser(
-        prog="bellwether-agent", description="Keeps this device at what its fleet's director signs."
+        prog="bellwether-agent",
+        description="Keeps this device at what its fleet's director signs.",
+        formatter_class=words,
     )
     verbs = parser.add_subparsers(required=True, metavar="enrol|run|status")
-    enrol = verbs.add_parser("enrol", help="claim this device's identity with a one-time token")
+    verb = partial(verbs.add_parser, formatter_class=words)
+    enrol = verb("enrol", help="claim this device's identity with a one-time token")
     enrol.add_argument("--server", required=True, help="base URL, as http://127.0.0.1:8420")
     enrol.add_argument("--token", required=True, help="from `bellwether device enrol`")
     enrol.add_argument("--dir", required=True, type=Path, help="the device's directory")
     enrol.set_defaults(do=_enrol)
-    run = verbs.add_parser("run", help="run the agent until SIGTERM")
+    run = verb("run", help="run the agent until SIGTERM")
     run.add_argument("--dir", required=True, type=Path, help="the device's directory")
     run.add_argument("--health-interval", type=_seconds, default=60.0, metavar="SECONDS")
     run.add_argument("--trial-soak", type=_seconds, default=5.0, metavar="SECONDS")
     run.add_argument("--trial-deadline", type=_seconds, default=600.0, metavar="SECONDS")
     run.set_defaults(do=_run)
-    status = verbs.add_parser("status", help="what this device runs and does, as JSON")
+    status = verb("status", help="what this device runs and does, as JSON")
     status.add_argument("--dir", required=True, type=Path, help="the device's directory")
     status.set_defaults(do=_status)
     return parser

@@ -17,7 +17,6 @@ import base64
 import hashlib
 import json
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from device_agent import reconnect
 from device_agent.installers.slots import sync_directory
 from device_agent.machine import FetchRefused
 from device_agent.protocol import Reason
@@ -78,7 +78,7 @@ class Downloader:
         credentials: tuple[str, str] | None = None,
         patience: Patience | None = None,
         stop: threading.Event | None = None,
-        dice: Callable[[], float] = random.random,
+        dice: Callable[[], float] = reconnect.dice,
     ) -> None:
         self._origin = origin(server)
         self._credentials = credentials

@@ -8,7 +8,6 @@ dropped here: the outbox holds it.
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 from device_agent import agent as core
 from device_agent import reconnect
 from device_agent.agent import AckArrived, Connected, DesiredArrived, Disconnected, Event, Publish
-from device_agent.mqtt import PacketTypes, Properties, mqtt
+from device_agent.mqtt import PacketTypes, Properties, mqtt, secure
 from device_agent.protocol import Channel, ProtocolError, parse_topic
 
 SESSION_SECONDS = 7 * 86_400
@@ -55,7 +54,7 @@ class Link:
         self._client.max_inflight_messages_set(20)
         self._client.will_set(will[0], will[1], qos=1, retain=True)
         if url.scheme == "mqtts":
-            self._client.tls_set()
+            secure(self._client)
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = self._on_subscribe
         self._client.on_disconnect = self._on_disconnect
@@ -94,8 +93,8 @@ class Link:
             except OSError:
                 self._lost()
             failures = 0 if self._was_up() else failures + 1
-            dice = random.random()  # noqa: S311 - spreads, hides nothing
-            self._stop.wait(reconnect.pause(failures, dice, longest=self._longest_wait))
+            wait = reconnect.pause(failures, reconnect.dice(), longest=self._longest_wait)
+            self._stop.wait(wait)
 
     def _was_up(self) -> bool:
         was, self._served = self._served, False

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imported by the first test
+    import subprocess
 
 MAX_LOG = 2048
 
@@ -30,6 +32,9 @@ def run(slot: Path, *, seconds: float = 60.0) -> tuple[bool, str]:
 
 
 def _one(test: Path, slot: Path, seconds: float) -> tuple[bool, str]:
+    import subprocess
+    import tempfile
+
     with tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(

@@ -30,10 +30,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from paho.mqtt import client as mqtt
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-
 from device_agent import protocol, update
 from device_agent.agent import (
     AckArrived,
@@ -53,6 +49,7 @@ from device_agent.download import Downloader, Patience
 from device_agent.journal import Journal
 from device_agent.link import SESSION_SECONDS
 from device_agent.machine import Disk, boot_id, hash_file
+from device_agent.mqtt import PacketTypes, Properties, mqtt, secure
 from device_agent.outbox import Outbox
 from device_agent.protocol import Channel, ComponentReport, HistoryEntry, ProtocolError, Reason
 from device_agent.simulated_machine import DAY, Driver, Vehicle, share
@@ -169,7 +166,7 @@ class AsyncLink:
         self._client.username_pw_set(identity.broker_username, identity.broker_password)
         self._client.max_inflight_messages_set(20)
         if url.scheme == "mqtts":
-            self._client.tls_set()
+            secure(self._client)
         self._client.on_socket_open = self._socket_open
         self._client.on_socket_close = self._socket_close
         self._client.on_socket_register_write = self._register_write

@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -178,7 +177,9 @@ class Slots:
         (home / f"{name}.json").unlink(missing_ok=True)
         sync_directory(home)  # the description goes first: a half-emptied slot is empty
         if (home / name).exists():
-            shutil.rmtree(home / name)
+            from shutil import rmtree
+
+            rmtree(home / name)
 
     def _describe(self, component: str, slot: Slot) -> None:
         body = {"release": slot.release, "digest": slot.digest, "tree": slot.tree}
@@ -258,6 +259,8 @@ def _safe(member: tarfile.TarInfo, limits: BundleLimits) -> tuple[str, ...]:
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    from shutil import copyfileobj
+
     path.parent.mkdir(parents=True, exist_ok=True)
     source = archive.extractfile(member)
     if source is None:
@@ -265,7 +268,7 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> N
     mode = 0o755 if member.mode & 0o111 else 0o644  # never set-uid, never writable by others
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     with os.fdopen(descriptor, "wb") as file:
-        shutil.copyfileobj(source, file, _CHUNK)
+        copyfileobj(source, file, _CHUNK)
         if file.tell() != member.size:
             raise ValueError(f"{member.name[:80]!r} is cut short")
         file.flush()

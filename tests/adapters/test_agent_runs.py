@@ -70,7 +70,10 @@ atexit.register(lambda: print(json.dumps(sorted(sys.modules)), flush=True))
 from device_agent.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
-ONLY_WHEN_NEEDED = {"asyncio", "cryptography", "email", "http.client", "psutil", "tarfile"}
+ONLY_WHEN_NEEDED = {
+    *("asyncio", "cryptography", "email", "http.client", "psutil", "random", "shutil", "ssl"),
+    *("subprocess", "tarfile", "tempfile"),
+}
 
 
 def test_a_device_that_only_reports_loads_neither_http_nor_cryptography(
