@@ -7,7 +7,7 @@ hash, so sizes are exact and names are not promised.
 
 Rules, in order, for each Rollout manifest of base and head:
 
-1. Broken in head: blocked, with the error; nothing else of it is planned.
+1. Broken in head, or in a file that cannot be read there: blocked, with the error.
 2. Gone from head: its running rollout goes on as it was pinned.
 3. It opens (`opening`): steps, who is left out and why, downloads, earliest end, the way back.
 4. It is refused or waits (`opening`'s notice): a hold, a suspension, a running one.
@@ -122,6 +122,7 @@ def plan(
     for name in sorted({*before.rollouts, *after.rollouts}):
         rollouts.append(
             _blocked(name, before, after, head.head)
+            or _unread(name, base.head.manifests, head)
             or _removed(name, before, after)
             or _opened(name, before, world, opened, now, measured, past or {})
             or _refused(name, before, after, notices)
@@ -186,6 +187,24 @@ def _blocked(name: str, before: Manifests, after: Manifests, head: Head) -> Plan
         sentence=f"BLOCKED — {head.blocked[name]}; what is in force stays in force",
         before=_release(before, name),
         after=wanted.release,
+    )
+
+
+def _unread(name: str, before: Manifests, head: Commit) -> Planned | None:
+    """Not in head because its file cannot be read there: nothing is removed."""
+    if name in head.head.manifests.rollouts or name not in before.rollouts:
+        return None
+    path = before.origin.get(("Rollout", name), "").rpartition(":")[0]
+    broken = next((p for p in head.problems if p.severity == "error" and p.path == path), None)
+    if broken is None:
+        return None
+    wanted = before.rollouts[name]
+    return Planned(
+        rollout=name,
+        fleet=wanted.fleet,
+        effect=Effect.BLOCKED,
+        sentence=f"BLOCKED — {broken}; what is in force stays in force",
+        before=wanted.release,
     )
 
 

@@ -141,7 +141,8 @@ def _markdown_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
         lines = _says(step)
         if lines:
             flag = "" if step.conclusive else " ⚠️"
-            yield f"- step {i}{flag}: {_escape('; '.join(lines))}"
+            yield f"- **step {i}**{flag} {_escape(step.name)}"
+            yield from (f"  - {_escape(line)}" for line in lines)
 
 
 # -- plain text -----------------------------------------------------------------------------------
@@ -223,14 +224,14 @@ def _facts(rollout: Planned) -> Iterator[str]:
 
 
 def _says(step: PlannedStep) -> tuple[str, ...]:
-    """Power first: it is what the plan is read for. What a step alone cannot prove of failures,
-    the steps before it help to: `gates` counts them all."""
+    """Warnings first, they explain the rest; then power, which the plan is read for. What a step
+    alone cannot prove of failures, the steps before it help to: `gates` counts them all."""
     seen = (
         gate.sentence
         for gate in step.power
         if gate.metric != UPDATE_OK or any(chance.by_max >= SURE for chance in gate.chances)
     )
-    return (*seen, *step.gates, *step.warnings)
+    return (*step.warnings, *seen, *step.gates)
 
 
 def _unheard(step: PlannedStep) -> str:

@@ -144,7 +144,7 @@ def _gates(pinned: Pinned, wave: Wave, exposed: int, here: int) -> tuple[tuple[s
         if hours is not None:
             each = hours / max(exposed, 1)
             words.append(
-                f"{metric}: {hours:,.0f} {wants['unit']} without an event are needed, "
+                f"{metric}: {hours:,.0f} {_units(wants['unit'])} without an event are needed, "
                 f"{each:,.3g} a device; or {wants['events']} first events at ratio "
                 f"{wants['ratio']:g}"
             )
@@ -154,6 +154,12 @@ def _gates(pinned: Pinned, wave: Wave, exposed: int, here: int) -> tuple[tuple[s
         rule = pinned.rollout.strategy.on_inconclusive.action
         words.append(f"it would end inconclusive, onInconclusive is {rule}: enlarge the step")
     return tuple(words), enough or last
+
+
+def _units(unit: str) -> str:
+    """`device_hour` → `device hours`."""
+    words = unit.replace("_", " ")
+    return words if words.endswith(("km", "s")) else f"{words}s"
 
 
 def _limits(wave: Wave) -> gate.StepLimits:

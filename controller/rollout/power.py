@@ -171,7 +171,7 @@ def _of_failures(policy: Policy, wave: PlannedWave) -> GatePower:
         first = next((c for c in found if c.by_max >= SURE), found[-1])
         sentence = (
             f"with {n:,} devices, {first.size * 100:.3g} % failures are rolled back with "
-            f"{first.by_max:.0%} probability ({enough} failures are enough)"
+            f"{first.by_max * 100:.0f} % probability ({enough} failures are enough)"
         )
     return GatePower(metric=UPDATE_OK, chances=tuple(found), proves=None, sentence=sentence)
 
@@ -544,16 +544,17 @@ def _sentence(
         best = chances[-1]
         words = (
             f"with {wave.exposed:,} devices and {longest:g} h, even a {best.size:g}× rise of "
-            f"{shown} is seen with {best.by_max:.0%} probability only"
+            f"{shown} is seen with {best.by_max * 100:.0f} % probability only"
         )
     else:
         hours = soak if good.by_soak >= SURE else longest
         chance = good.by_soak if good.by_soak >= SURE else good.by_max
         words = (
             f"with {wave.exposed:,} devices and {hours:g} h, a {good.size:g}× rise of {shown} is "
-            f"seen with {chance:.0%} probability"
+            f"seen with {chance * 100:.0f} % probability"
         )
-    return f"{words}; a good release is proven within {longest:g} h with {proves:.0%}"
+    sure = f"{proves * 100:.0f} % probability"
+    return f"{words}; a good release is proven within {longest:g} h with {sure}"
 
 
 def _split(n: int, shares: Sequence[float]) -> Ints:

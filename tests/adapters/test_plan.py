@@ -270,6 +270,16 @@ def test_a_broken_reference_blocks_and_is_an_error(fleet: Fleet) -> None:
     assert "did you mean" in plan.errors[0]
 
 
+def test_a_file_that_cannot_be_read_removes_nothing(fleet: Fleet) -> None:
+    fleet.pull_request("typo", "rollout.yaml", "percent: 10%", "percent: 1000%")
+    plan = documents_only(fleet.tree("main"), fleet.tree("typo"), NOW)
+    one = only(plan)
+    assert one.effect is Effect.BLOCKED
+    assert "1000%" in one.sentence
+    assert "stays in force" in one.sentence
+    assert "removed" not in plan_text.summary(plan)
+
+
 def test_a_revert_takes_devices_back_at_once(fleet: Fleet) -> None:
     for i in range(50):
         fleet.says(f"car-{i:03d}", "fsd-10.2.0", history=("fsd-10.1.0", "fsd-10.2.0"))

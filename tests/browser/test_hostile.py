@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -9,15 +10,18 @@ from urllib.parse import quote
 
 import httpx2
 import pytest
+from fastapi.routing import APIRoute
 from playwright.sync_api import Browser, expect
 from sqlalchemy import insert, select, update
 
 from controller import audit as chain
+from controller.http.dashboard import pages
+from controller.http.dashboard.rollout import VERBS
 from controller.roles import Role
-from controller.store import tables
+from controller.store import approvals, tables
 from controller.store.tables import decisions, devices, holds, members, releases, rollouts, stops
 from telemetry.store import tables as heard
-from telemetry.store.database import writing
+from telemetry.store.database import reading, writing
 from tests.browser.served import Site, end, log_in, serve, watch
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -161,7 +165,8 @@ def _poison(site: Site) -> None:
             conn.execute(select(releases.c.name, releases.c.document)).all()
         ):
             text = texts[place % LINES]
-            document = {**row.document, "notes": text, "version": text[:64]}
+            sbom = {"digest": "sha256:" + "0" * 64, "url": text}
+            document = {**row.document, "notes": text, "version": text[:64], "sbom": sbom}
             conn.execute(
                 update(releases).where(releases.c.name == row.name).values(document=document)
             )
@@ -175,6 +180,12 @@ def _poison(site: Site) -> None:
         conn.execute(update(members).values(reason=texts[0]))
         conn.execute(update(holds).values(reason=texts[8], actor=texts[1][:128]))
         for place, text in enumerate(texts[: len(SORTS)]):
+            seen = {"name": text, "release": text, "step": text, "state": text, "to": {text: text}}
+            approvals.ask(
+                conn, kind="rule" if place % 2 else "start", fleet="", rollout="",
+                seen=_plain(seen), proposer=text.replace("\0", "")[:128],
+                reason=text.replace("\0", ""), needs=1, now=now,
+            )  # fmt: skip
             conn.execute(
                 insert(stops).values(
                     id=f"stop-{place}", scope="digest", value=text[:128], reason=text,
@@ -198,27 +209,51 @@ def _poison(site: Site) -> None:
         )
 
 
+def _plain(value: dict[str, object]) -> dict[str, object]:
+    """Without NUL, which no JSON column of a database takes."""
+    return dict(json.loads(json.dumps(value).replace("\\u0000", "")))
+
+
 def _detail(text: str) -> dict[str, object]:
     plain = text.replace("\0", "")
     return {"reason": plain, plain[:60]: [plain[:99]]}
 
 
+def routes() -> list[str]:
+    """Every page that the application serves: a new one is here when it is there."""
+    found = [
+        str(route.path)
+        for router in pages.routers
+        for route in router.routes
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ())
+    ]
+    return [path for path in found if not path.startswith(("/live", "/static"))]
+
+
+def filled(route: str, site: Site) -> list[str]:
+    """The route with names of everything that it can be asked for."""
+    newest = [ids[-1] for ids in site.estate.rollouts.values()]
+    with reading(site.engine) as conn:
+        known = {
+            "rollout": newest,
+            "device": [ids[0] for ids in site.estate.devices.values()],
+            "release": list(conn.execute(select(releases.c.name)).scalars()),
+            "decision": list(conn.execute(select(decisions.c.id).limit(len(SORTS) * 2)).scalars()),
+            "approval": list(conn.execute(select(tables.approvals.c.id)).scalars()),
+            "verb": list(VERBS),
+        }
+    paths = [route]
+    for name, values in known.items():
+        if f"{{{name}}}" in route:
+            paths = [p.replace(f"{{{name}}}", quote(v, safe="")) for p in paths for v in values]
+    assert paths
+    assert "{" not in paths[0], f"{route}: say above what it can be asked for"
+    return paths
+
+
 def test_every_page_of_every_list_is_what_our_templates_say(hostile: Site) -> None:
     client = _client(hostile)
-    wanted = [
-        "/",
-        "/oncall",
-        "/stop",
-        "/rollouts",
-        "/devices",
-        "/releases",
-        "/decisions",
-        "/audit",
-        "/board",
-    ]
-    wanted += [f"/devices/{quote(ids[0])}" for ids in hostile.estate.devices.values()]
-    for ids in hostile.estate.rollouts.values():
-        wanted += [f"/rollouts/{ids[-1]}", f"/rollouts/{ids[-1]}/hold"]
+    wanted = [path for route in routes() for path in filled(route, hostile)]
     seen: set[str] = set()
     while wanted:
         path = wanted.pop()

@@ -65,6 +65,8 @@ def _release(page: Scene, conn: Connection, name: str) -> Plain:
 
 def _signatures(deps: Deps, document: Plain) -> list[Plain]:
     """Who has signed it: key, person, and whether the signature holds."""
+    if not document.get("signatures"):
+        return []
     release, file = Release.model_validate(document), deps.settings.release_signers
     try:
         signers = Signers(people={}) if file is None else Signers.load(file)
