@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from device_agent import protocol
 from device_agent.protocol import Ack, Health, Presence, ProtocolError, Reported
 from telemetry.decode import decode
 from telemetry.ingest import PROBE_TOPIC, Ingest, Limits
-from telemetry.store.database import open_engine
+from telemetry.store import tables
+from telemetry.store.database import open_engine, reading
 from telemetry.store.fold import Batch, Written
 from telemetry.store.reports import Store, Unstorable
 from telemetry.store.tables import create_schema
@@ -99,6 +101,15 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "trailing": (wire(HEALTH) + b"{}", "not_json"),
     "a metric's name": (wire(HEALTH, counters={"a b": 1}), "bad_metric"),
     "a component's name": (wire(HEALTH, components={"../x": DIGEST}), "bad_id"),
+    "a component twice": (
+        raw('{"autopilot":', f'{{"autopilot":"{DIGEST}","autopilot":'),
+        "malformed",
+    ),
+    "no digest": (wire(HEALTH, components={"autopilot": "sha256:a"}), "malformed"),
+    "components in an array": (wire(HEALTH, components=[DIGEST]), "malformed"),
+    "a component's value": (wire(HEALTH, components={"autopilot": {"a": "b:c"}}), "malformed"),
+    "33 components": (wire(HEALTH, components={f"c{n}": DIGEST for n in range(33)}), "malformed"),
+    "a colon moved": (raw('"dropped":0', '"dropped": 0 ,"dropped":0'), "malformed"),
     "5,000 properties": (wire(HEALTH, counters={f"c{n}": 1 for n in range(3000)}), "malformed"),
     "61 samples": (wire(HEALTH, columns={"cpu": [1.0] * 61}), "malformed"),
     "ragged columns": (wire(HEALTH, columns={"a": [1.0], "b": [1.0, 2.0]}), "malformed"),
@@ -163,6 +174,21 @@ def test_a_device_that_enrolled_a_moment_ago_is_heard(store: Store) -> None:
     assert asked == []
     assert ingest.batch([("bw/v1/new/health", wire(HEALTH))], NOW).rows == 1
     assert asked == ["again"]
+
+
+@pytest.mark.parametrize("many", [1, 32])
+@pytest.mark.parametrize("indent", [None, 40])
+def test_components_are_stored_as_they_were_meant_however_they_were_written(
+    many: int, indent: int | None, ingest: Ingest, store: Store
+) -> None:
+    components = {f"part-{n}": DIGEST for n in range(many)}
+    for seq in (1, 2):  # looked up the second time, if it is not too long to be remembered
+        body = json.dumps({**HEALTH, "seq": seq, "components": components}, indent=indent)
+        assert ingest.batch([("bw/v1/car-1/health", body.encode())], NOW).rows == 1
+    assert [row.components for row in store.health_since(0)] == [components] * 2
+    with reading(store.engine) as connection:
+        said = set(connection.execute(select(tables.health.c.components)).scalars())
+    assert said == {json.dumps(components, separators=(",", ":"))}
 
 
 def test_unknown_fields_are_accepted(ingest: Ingest) -> None:
