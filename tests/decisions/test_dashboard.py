@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ from controller.http.dashboard import (
     figures,
     overview,
     rollout,
+    shares,
     tally,
 )
 from controller.http.dashboard.census import Counts
 from controller.http.dashboard.signs import Tone, of_device, of_rollout, of_verdict
 from controller.roles import Grant, Principal, Role
 from controller.rollout.model import MemberState, RolloutState
+from device_agent.protocol import ComponentReport, HistoryEntry, State
 from telemetry.outcomes import Shipped, delivery
+from telemetry.report import DeviceRow
 
 ONE: dict[str, Any] = {
     "id": "01r", "name": "cars", "fleet": "eu", "release": "app-2", "state": "Soaking", "step": 1,
@@ -307,3 +311,48 @@ def test_a_sentence_of_the_engine_is_escaped_and_its_names_are_code() -> None:
     assert figures.said("a ` b <i>") == "a ` b &lt;i&gt;"
     assert len(figures.said("x" * 50_000)) < figures.MOST + 100
     assert "\0" not in figures.said("a\0b")
+
+
+def test_who_ran_what_follows_each_devices_own_history() -> None:
+    day = 86_400
+    now = 20_000 * day + 5_000.0
+
+    def car(*steps: tuple[float, str], runs: str, at: float = now) -> DeviceRow:
+        return DeviceRow(
+            device="car", change=1, last_contact=at, heard_clock=0.0, online=True,
+            sleeping_until=None, boot="b", boot_count=1, reported_at=at, state=State.COMMITTED,
+            components={"app": ComponentReport(release=runs, digest="d", committed=True)},
+            history=tuple(
+                HistoryEntry(component="app", release=r, digest="d", at=when, event="activated")
+                for when, r in steps
+            ),
+        )  # fmt: skip
+
+    cars = [
+        car((now - 30 * day, "1"), (now - 3 * day, "2"), (now - 2 * day, "1"), runs="1"),
+        car((now - 30 * day, "1"), (now - 3 * day, "2"), runs="2"),
+        car((now + 900 * day, "2"), runs="2"),  # a clock of the future: today at the latest
+        car((-9e9, "1"), runs="1"),  # and one of long ago
+        car(runs="3"),  # it never said since when: today
+        car((now - 5 * day, "1"), runs="2"),  # its history ends before what it runs
+    ]
+    counted: Counter[tuple[int, str]] = Counter()
+    for one in cars:
+        for _, when, release, n in shares.moves(one):
+            counted[when, release] += n
+    share = shares.over_time("eu", "app", counted, now)
+    assert share.days[-1][0] == "2024-10-04"
+    assert len(share.days) == shares.DAYS
+    named = [dict(zip(share.releases, counts, strict=True)) for _, counts in share.days]
+    assert named[0] == {"1": 3, "2": 0, "3": 0}
+    assert named[-4] == {"1": 2, "2": 2, "3": 0}
+    assert named[-3] == {"1": 3, "2": 1, "3": 0}
+    assert named[-1] == {"1": 2, "2": 3, "3": 1}
+    assert sum(named[-1].values()) == len(cars)
+
+
+def test_many_releases_are_added_up_and_nobody_is_lost() -> None:
+    counted = {(20_000 - n, f"r{n}"): 10 - n for n in range(9)}
+    share = shares.over_time("eu", "app", counted, 20_000 * 86_400.0)
+    assert share.releases == ("r0", "r1", "r2", "r3", "r4", shares.OTHERS)
+    assert sum(share.days[-1][1]) == sum(counted.values())

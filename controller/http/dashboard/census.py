@@ -1,4 +1,4 @@
-"""Counts the devices of each fleet by what they run and whether they are heard, as they change.
+"""Counts the devices of each fleet as they change: what they run, since when, who is heard.
 
 Follows the registry and telemetry by their change numbers: a page costs what has changed since the
 last one, not the fleet. The first count reads everything once.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
+from controller.http.dashboard.shares import Move, moves
 from controller.http.devicebook import DeviceBook
 from controller.store import lookups
 from telemetry.report import DeviceRow
@@ -28,6 +29,7 @@ class Counts:
     online: int = 0
     heard: int = 0
     runs: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)  # (release, digest)
+    moves: dict[str, Counter[tuple[int, str]]] = field(default_factory=dict)  # (day, release)
 
     @property
     def active(self) -> int:
@@ -43,6 +45,7 @@ class _Counted:
     online: bool
     heard: bool
     runs: tuple[tuple[str, str, str], ...]  # (component, release, digest)
+    moves: tuple[Move, ...]
 
 
 class Census:
@@ -100,6 +103,11 @@ class Census:
             runs[release, digest] += by
             if not runs[release, digest]:
                 del runs[release, digest]
+        for component, day, release, n in one.moves:
+            days = counts.moves.setdefault(component, Counter())
+            days[day, release] += by * n
+            if not days[day, release]:
+                del days[day, release]
 
 
 def _counted(place: tuple[str, str], seen: DeviceRow | None) -> _Counted:
@@ -111,4 +119,5 @@ def _counted(place: tuple[str, str], seen: DeviceRow | None) -> _Counted:
         online=seen is not None and seen.online,
         heard=seen is not None and seen.reported_at is not None,
         runs=tuple((name, part.release, part.digest) for name, part in sorted(runs.items())),
+        moves=() if seen is None else tuple(moves(seen)),
     )

@@ -18,6 +18,7 @@ from controller.http.dashboard import device as device_page
 from controller.http.dashboard import evidence, overview
 from controller.http.dashboard import rollout as rollout_page
 from controller.http.dashboard.census import Census, Counts
+from controller.http.dashboard.shares import over_time
 from controller.http.dashboard.signs import of_device, of_rollout, of_verdict
 from controller.http.dashboard.tally import members as member_tally
 from controller.http.devicebook import DeviceBook
@@ -94,6 +95,11 @@ def _overview(eyes: Eyes, _: str) -> Plain:
         "devices": sum(card.total for card in cards),
         "online": sum(card.online for card in cards),
         "asks": asks,
+        "shares": [
+            over_time(name, component, days, eyes.now)
+            for name, one in sorted(counts.items())
+            for component, days in sorted(one.moves.items())
+        ],
         "moving": rows_of(told.values()),
         "orders": lookups.orders_pending(conn),
         "git": git,
