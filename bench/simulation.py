@@ -7,6 +7,7 @@ promise is printed with the command that tells it again; with `--runs 1` its who
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -87,6 +88,8 @@ _ours: list[Databases] = []  # of this process
 
 def _prepare(root: Path) -> None:
     _ours[:] = [Databases(root / str(os.getpid()))]
+    gc.freeze()  # modules and statements stay: the collector need not look at them again
+    gc.set_threshold(50_000)
 
 
 def _lot(seeds: Sequence[int]) -> tuple[list[Outcome], float]:

@@ -15,11 +15,12 @@ from sqlalchemy import Connection, func, insert, select
 
 from controller.store.tables import audit
 from device_agent.protocol import canonical
+from telemetry.store.prepared import Prepared
 
 FIRST = "0" * 64
 CHAIN = 0x62656C6C  # the advisory lock of the chain's end
-_LAST = select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1)
-_APPEND = insert(audit)
+_LAST = Prepared(select(audit.c.seq, audit.c.hash).order_by(audit.c.seq.desc()).limit(1))
+_APPEND = Prepared(insert(audit))
 
 
 def append(
@@ -35,7 +36,7 @@ def append(
     if conn.dialect.name == "postgresql":
         # One chain has one end: writers take their turn. (SQLite has one writer anyway.)
         conn.execute(select(func.pg_advisory_xact_lock(CHAIN)))
-    last = conn.execute(_LAST).first()
+    last = _LAST.first(conn)
     seq: int = last.seq + 1 if last else 1
     row: dict[str, Any] = {
         "seq": seq,
@@ -46,7 +47,7 @@ def append(
         "detail": dict(detail),
         "previous": last.hash if last else FIRST,
     }
-    conn.execute(_APPEND, {**row, "hash": digest(row)})
+    _APPEND.run(conn, **row, hash=digest(row))
     return seq
 
 
@@ -58,7 +59,7 @@ def digest(row: Mapping[str, Any]) -> str:
 
 def head(conn: Connection) -> tuple[int, str] | None:
     """(seq, hash) of the newest row: what is kept outside."""
-    last = conn.execute(_LAST).first()
+    last = _LAST.first(conn)
     return None if last is None else (last.seq, last.hash)
 
 

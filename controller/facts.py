@@ -156,6 +156,16 @@ class Look:
         return {row["device"]: self.open(bytes(row["body"])) for row in self.tables.desired}
 
     def open(self, body: bytes) -> tuple[Desired | None, str]:
+        """An order that left more than once is opened once."""
+        if body not in self._opened:
+            self._opened[body] = self._open(body)
+        return self._opened[body]
+
+    @cached_property
+    def _opened(self) -> dict[bytes, tuple[Desired | None, str]]:
+        return {}
+
+    def _open(self, body: bytes) -> tuple[Desired | None, str]:
         try:
             order, signed, signatures = open_envelope(body)
         except ProtocolError as error:

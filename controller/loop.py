@@ -96,6 +96,8 @@ class Loop:
         return taken
 
     def _publish(self) -> None:
+        if self._outbox.idle and not self._memory.orders_wait:
+            return
         world = self._world()
         self._outbox.publish(
             self._memory.in_force,
@@ -305,6 +307,7 @@ class Loop:
         if done or unheeded:
             with self._transaction(now) as conn:
                 store.unpublish(conn, sorted(unheeded))
+                memory.orders_wait = memory.orders_wait or bool(unheeded)
                 if done:
                     store.delete_meta(conn, RECOVERED)
         memory.recovered = memory.recovered and not done

@@ -60,6 +60,7 @@ class Memory:
         self.granted: dict[str, str] = {}
         self.rejected: frozenset[str] = frozenset()
         self._fleets: dict[str, dict[str, None]] = {}  # fleet → its devices
+        self.orders_wait = True  # is there one that the broker may not have yet?
         self._registry = 0
 
     @property
@@ -77,6 +78,7 @@ class Memory:
         self.commands = store.load_commands(conn)
         self.read_holds(conn)
         self.stops = store.load_stops(conn)
+        self.orders_wait = store.any_waits(conn)
         self.rules, self.granted = approval_rows.load_rules(conn), approval_rows.load_granted(conn)
         for rollout, revision in store.revisions(conn).items():
             known = self.rollouts.get(rollout)

@@ -72,6 +72,7 @@ class Outbox:
         self._taken: list[tuple[str, int]] = []  # by the broker, not noted yet
         self._away = False
         self._withheld: set[str] = set()  # devices whose order a hold rejects
+        self._offered = True  # may anything wait? Until the database was asked
         self._under_way: tuple[Sequence[_Order], Callable[[], list[bool]]] | None = None
 
     def send(
@@ -85,6 +86,7 @@ class Outbox:
 
         Where the broker is away or slow, the rest of this turn waits in the database.
         """
+        self._offered = self._offered or bool(rows)
         orders = [
             (row["device"], row["body"], row["generation"], row["kind"])
             for row in rows
@@ -122,6 +124,11 @@ class Outbox:
             store.mark_published(conn, self._taken)
             self._taken = []
 
+    @property
+    def idle(self) -> bool:
+        """Was everything that we know of sent and noted?"""
+        return not (self._offered or self._taken or self._away or self._under_way)
+
     def publish(
         self,
         known: frozenset[str] | None = None,
@@ -152,6 +159,7 @@ class Outbox:
                 if waiting and self._term is not None:
                     store.check(conn, self._term)
             if not waiting:
+                self._offered = False
                 return sent
             rejected = {order[0]: order[2] for order in waiting if withholds(order[0])}
             self._withheld.update(rejected)

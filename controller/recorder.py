@@ -25,6 +25,13 @@ from telemetry.store.database import reading, writing
 log = structlog.get_logger()
 
 
+_PENDING = (
+    select(holds)
+    .where(holds.c.commit.is_(None) | (holds.c.lift.is_not(None) & holds.c.lift_commit.is_(None)))
+    .order_by(holds.c.id)
+)
+
+
 class Recorder:
     def __init__(
         self,
@@ -51,7 +58,7 @@ class Recorder:
         """path → text of every hold and lift that Git does not have yet."""
         files: dict[str, str] = {}
         with reading(self._engine) as conn:
-            for row in conn.execute(select(holds).order_by(holds.c.id)):
+            for row in conn.execute(_PENDING):
                 if row.commit is None:
                     files[f"holds/{row.id}.yaml"] = hold_text(row._mapping)
                 if row.lift is not None and row.lift_commit is None:

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection
 
-from controller import approvals, audit, ulid
+from controller import approvals, audit, engine, ulid
 from controller.commands import add_hold
 from controller.dispatch import Dispatch
 from controller.listening import Listening
@@ -244,7 +244,7 @@ class Recording:
                 "numbers": dict(decision.numbers),
                 "watermark": self._listening.evidence.watermark,
                 "commit": rollout.commit,
-                "policy": {"name": pinned.policy.name},
+                "policy": {"name": pinned.policy.name, "engine": engine.present()},
                 "term": self._term,
             },
         )

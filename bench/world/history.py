@@ -22,7 +22,7 @@ from controller.store.tables import desired, rollouts
 from telemetry.store.database import reading
 
 QUIET = 4.8  # seconds between looks whether all is settled
-PATIENCE = 12  # looks
+PATIENCE = 30  # looks: devices have 90 s to come back after an outage of ours
 
 Plant = Callable[[World], None]
 

@@ -94,8 +94,10 @@ def _look(
 
 
 def _tell(tables: Tables, found: list[Finding], output: Output, *, signed: bool) -> None:
+    from controller import invariants
     from controller.cli import show
 
+    notes = invariants.notes(tables)
     looked_at = {
         "devices": len(tables.devices),
         "rollouts": len(tables.rollouts),
@@ -107,12 +109,20 @@ def _tell(tables: Tables, found: list[Finding], output: Output, *, signed: bool)
     if output is Output.JSON:
         findings = [{"invariant": f.invariant, "what": f.what, "do": f.do} for f in found]
         show.as_json(
-            {"v": 1, "findings": findings, "looked_at": looked_at, "signatures_checked": signed}
+            {
+                "v": 1,
+                "findings": findings,
+                "notes": notes,
+                "looked_at": looked_at,
+                "signatures_checked": signed,
+            }
         )
         return
     counts = ", ".join(f"{n:,} {name}" for name, n in looked_at.items())
     if not signed:
         counts += "; signatures not checked: keys/director.pem is not in --state-dir"
+    for note in notes:
+        print(f"note: {note}")
     if not found:
         print(f"every promise is kept: {counts}")
         return

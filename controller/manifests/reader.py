@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -143,7 +144,9 @@ def read(files: Mapping[str, str | bytes], before: Reading | None = None) -> Rea
     )
 
 
+@lru_cache(maxsize=256)
 def _file(path: str, content: str | bytes) -> File:
+    """Kept: what one watcher, plan or revert has read, the next one has not to parse again."""
     entries = (
         found if isinstance(found, Fault) else (found, *_document(path, found))
         for found in documents(content)

@@ -11,11 +11,14 @@ from controller import audit, ulid
 from controller.rollout import approval
 from controller.store.rollouts import get_meta, put_meta
 from controller.store.tables import approvals, devices, votes
+from telemetry.store.prepared import Prepared
 
 LASTS = 24 * 3600.0  # seconds that a request waits
 _RULES = "approvals"
-_GRANTED = select(approvals.c.rollout, approvals.c.result).where(
-    approvals.c.state == "granted", approvals.c.kind.in_(("start", "recall"))
+_GRANTED = Prepared(
+    select(approvals.c.rollout, approvals.c.result).where(
+        approvals.c.state == "granted", approvals.c.kind.in_(("start", "recall"))
+    )
 )
 
 
@@ -30,7 +33,7 @@ def put_rule(conn: Connection, fleet: str, rule: Mapping[str, int]) -> None:
 
 def load_granted(conn: Connection) -> dict[str, str]:
     """rollout id → who approved its start, in words."""
-    return {row.rollout: row.result for row in conn.execute(_GRANTED)}
+    return {row.rollout: row.result for row in _GRANTED.all(conn)}
 
 
 def ask(

@@ -16,10 +16,11 @@ from sqlalchemy import Connection, Engine, bindparam, insert, select, update
 
 from controller.store.tables import leases
 from telemetry.store.database import writing
+from telemetry.store.prepared import Prepared
 
 _CONTROLLER = leases.c.name == "controller"
-_LOOK = select(leases).where(_CONTROLLER)  # put together once: every transaction asks
-_BEAT = (
+_LOOK = Prepared(select(leases).where(_CONTROLLER))  # every transaction asks
+_BEAT = Prepared(
     update(leases)
     .where(_CONTROLLER & (leases.c.term == bindparam("mine")))
     .values(beat=leases.c.beat + 1)
@@ -42,7 +43,7 @@ FREE = LeaseRow(term=0, holder="", beat=0, seconds=0.0)
 
 
 def look(conn: Connection) -> LeaseRow:
-    row = conn.execute(_LOOK).first()
+    row = _LOOK.first(conn)
     if row is None:
         return FREE
     return LeaseRow(term=row.term, holder=row.holder, beat=row.beat, seconds=row.seconds)
@@ -63,13 +64,13 @@ def take(conn: Connection, seen: LeaseRow, *, holder: str, seconds: float, at_le
 
 def take_over(conn: Connection, at_least: int, *, holder: str = "", seconds: float = 0.0) -> int:
     """Raise the term whoever holds it: for a controller that knows that it is the only one."""
-    conn.execute(_LOOK.with_for_update())
+    conn.execute(select(leases).where(_CONTROLLER).with_for_update())
     return take(conn, look(conn), holder=holder, seconds=seconds, at_least=at_least)
 
 
 def fence(conn: Connection, term: int) -> None:
     """Stay the one writer until this transaction ends; raises Fenced when `term` is over."""
-    if not conn.execute(_BEAT, {"mine": term}).rowcount:
+    if not _BEAT.run(conn, mine=term):
         raise _over(conn, term)
 
 

@@ -63,35 +63,45 @@ from controller.store.tables import (
     stops,
 )
 from telemetry.store import bulk
+from telemetry.store.prepared import Prepared
 
 _IN = 5_000  # names in one question
 # What every turn of the loop asks, put together once.
-_DEVICES = select(devices).where(devices.c.change > bindparam("since")).order_by(devices.c.change)
-_HOLDS = select(holds).order_by(holds.c.created_at, holds.c.id)
-_STOPS = select(stops).where(stops.c.lifted_at.is_(None)).order_by(stops.c.id)
-_IN_FORCE = union_all(
-    select(holds.c.id).where(holds.c.lifted_at.is_(None)),
-    select(stops.c.id).where(stops.c.lifted_at.is_(None)),
+_DEVICES = Prepared(
+    select(devices).where(devices.c.change > bindparam("since")).order_by(devices.c.change)
 )
-_COMMANDS = select(commands).where(commands.c.state == "recorded").order_by(commands.c.id)
-_REVISIONS = select(rollouts.c.id, rollouts.c.revision)
-_META = select(meta.c.value).where(meta.c.key == bindparam("named"))
-_WAITING = (
+_HOLDS = Prepared(select(holds).order_by(holds.c.created_at, holds.c.id))
+_STOPS = Prepared(select(stops).where(stops.c.lifted_at.is_(None)).order_by(stops.c.id))
+_IN_FORCE = Prepared(
+    union_all(
+        select(holds.c.id).where(holds.c.lifted_at.is_(None)),
+        select(stops.c.id).where(stops.c.lifted_at.is_(None)),
+    )
+)
+_COMMANDS = Prepared(select(commands).where(commands.c.state == "recorded").order_by(commands.c.id))
+_REVISIONS = Prepared(select(rollouts.c.id, rollouts.c.revision))
+_META = Prepared(select(meta.c.value).where(meta.c.key == bindparam("named")))
+_ALL_WAITING = (
     select(desired.c.device, desired.c.body, desired.c.generation, desired.c.kind)
     .where(desired.c.published.is_(False))
     .order_by(desired.c.at)
     .limit(bindparam("most"))
 )
-_WAITING_BACK = _WAITING.where(desired.c.kind != "install")
+_WAITING = Prepared(_ALL_WAITING)
+_WAITING_BACK = Prepared(_ALL_WAITING.where(desired.c.kind != "install"))
+_ANY_WAITS = Prepared(select(desired.c.device).where(desired.c.published.is_(False)).limit(1))
 # What a decision writes, put together once too.
 _NEW_META = insert(meta)
-_SET_META = update(meta).where(meta.c.key == bindparam("named")).values(value=bindparam("new"))
-_NEW_ROLLOUT, _NEW_DECISION, _NEW_LOOK = insert(rollouts), insert(decisions), insert(looks)
+_SET_META = Prepared(
+    update(meta).where(meta.c.key == bindparam("named")).values(value=bindparam("new"))
+)
+_NEW_ROLLOUT, _NEW_LOOK = insert(rollouts), insert(looks)
+_NEW_DECISION = Prepared(insert(decisions))
 _AS_OPENED = frozenset(
     {"id", "name", "fleet", "release", "digest", "artifacts", "opened_at", "seed", "pinned"}
 )
 _MOVES = tuple(n for n in rollouts.c.keys() if n not in _AS_OPENED | {"revision"})  # noqa: SIM118
-_MOVE_ROLLOUT = (
+_MOVE_ROLLOUT = Prepared(
     update(rollouts)
     .where(rollouts.c.id == bindparam("named"))
     .values({name: bindparam(f"new_{name}") for name in _MOVES})
@@ -101,8 +111,8 @@ _STANDING = select(members.c.step, members.c.arm, members.c.state).where(
     members.c.rollout == bindparam("named"),
     members.c.device.in_(bindparam("devices", expanding=True)),
 )
-_NEW_COUNT = insert(member_counts)
-_COUNT = (
+_NEW_COUNT = Prepared(insert(member_counts))
+_COUNT = Prepared(
     update(member_counts)
     .where(
         member_counts.c.rollout == bindparam("r"),
@@ -120,24 +130,26 @@ _SENT = (
 _LOOKED = select(looks.c.at).where(
     looks.c.rollout == bindparam("named"), looks.c.at == bindparam("then")
 )
-_PROVEN, _NEW_RELEASE = insert(proven), insert(releases)
-_UNPROVEN = delete(proven).where(
-    proven.c.fleet == bindparam("f"),
-    proven.c.component == bindparam("c"),
-    proven.c.hardware == bindparam("h"),
+_PROVEN, _NEW_RELEASE = Prepared(insert(proven)), insert(releases)
+_UNPROVEN = Prepared(
+    delete(proven).where(
+        proven.c.fleet == bindparam("f"),
+        proven.c.component == bindparam("c"),
+        proven.c.hardware == bindparam("h"),
+    )
 )
 _KNOWN_RELEASE = select(releases.c.name).where(releases.c.name == bindparam("named"))
-_ALL_UNSENT = update(desired).values(published=False)
+_ALL_UNSENT = Prepared(update(desired).values(published=False))
 _UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
 
 
 def get_meta(conn: Connection, key: str, default: Any = None) -> Any:
-    row = conn.execute(_META, {"named": key}).first()
+    row = _META.first(conn, named=key)
     return default if row is None else row[0]
 
 
 def put_meta(conn: Connection, key: str, value: Any) -> None:
-    if not conn.execute(_SET_META, {"named": key, "new": value}).rowcount:
+    if not _SET_META.run(conn, named=key, new=value):
         conn.execute(_NEW_META, {"key": key, "value": value})
 
 
@@ -156,7 +168,7 @@ def load_rollouts(conn: Connection) -> dict[str, Rollout]:
 
 def revisions(conn: Connection) -> dict[str, int]:
     """Revision of each rollout: the API raises it when it records a command."""
-    rows = conn.execute(_REVISIONS)
+    rows = _REVISIONS.all(conn)
     return {row.id: row.revision for row in rows}
 
 
@@ -187,7 +199,7 @@ def load_draws(conn: Connection, ids: Sequence[str]) -> dict[str, list[Draw]]:
 
 def load_devices(conn: Connection, since: int) -> tuple[list[Device], int]:
     """Registry rows changed after `since`, and the newest change number."""
-    rows = conn.execute(_DEVICES, {"since": since}).all()
+    rows = _DEVICES.all(conn, since=since)
     found = [
         Device(
             id=row.id,
@@ -204,7 +216,7 @@ def load_devices(conn: Connection, since: int) -> tuple[list[Device], int]:
 
 def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
     """(holds in force, every digest that a hold ever named)."""
-    rows = conn.execute(_HOLDS).all()
+    rows = _HOLDS.all(conn)
     active = [
         ActiveHold(
             id=row.id,
@@ -226,7 +238,7 @@ def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
 
 
 def load_stops(conn: Connection) -> list[ActiveStop]:
-    rows = conn.execute(_STOPS)
+    rows = _STOPS.all(conn)
     return [
         ActiveStop(id=row.id, scope=row.scope, value=row.value, reason=row.reason, actor=row.actor)
         for row in rows
@@ -235,12 +247,12 @@ def load_stops(conn: Connection) -> list[ActiveStop]:
 
 def in_force(conn: Connection) -> frozenset[str]:
     """Ids of the holds and stops in force now."""
-    return frozenset(row.id for row in conn.execute(_IN_FORCE))
+    return frozenset(row.id for row in _IN_FORCE.all(conn))
 
 
 def load_commands(conn: Connection) -> list[Command]:
     """Recorded and not yet done, in their order: pause before resume before promote at one time."""
-    rows = conn.execute(_COMMANDS)
+    rows = _COMMANDS.all(conn)
     return [
         Command(
             id=row.id,
@@ -293,6 +305,11 @@ def load_releases(conn: Connection) -> dict[str, Mapping[str, Any]]:
     return {row.name: row.document for row in rows}
 
 
+def any_waits(conn: Connection) -> bool:
+    """Is there an order that the broker may not have yet?"""
+    return _ANY_WAITS.first(conn) is not None
+
+
 def unpublished(
     conn: Connection, limit: int = 5_000, *, forward: bool = True
 ) -> list[tuple[str, bytes, int, str]]:
@@ -300,7 +317,7 @@ def unpublished(
 
     Without `forward`, those alone that lead back.
     """
-    rows = conn.execute(_WAITING if forward else _WAITING_BACK, {"most": limit})
+    rows = (_WAITING if forward else _WAITING_BACK).all(conn, most=limit)
     return [(row.device, row.body, row.generation, row.kind) for row in rows]
 
 
@@ -315,7 +332,7 @@ def update_rollout(conn: Connection, before: Rollout, after: Rollout) -> None:
     """Write what moves; the revision is raised by as much as the decision raised it."""
     values = {f"new_{name}": getattr(after, name) for name in _MOVES}
     values |= {"named": after.id, "raised": after.revision - before.revision}
-    conn.execute(_MOVE_ROLLOUT, values)
+    _MOVE_ROLLOUT.run(conn, **values)
 
 
 def put_members(conn: Connection, rollout: str, changed: Sequence[Member]) -> None:
@@ -339,9 +356,9 @@ def _count_members(
         if not n:
             continue
         key = {"r": rollout, "s": step, "a": arm, "t": state, "more": n}
-        if not conn.execute(_COUNT, key).rowcount:
+        if not _COUNT.run(conn, **key):
             row = {"rollout": rollout, "step": step, "arm": arm, "state": state, "n": n}
-            conn.execute(_NEW_COUNT, row)
+            _NEW_COUNT.run(conn, **row)
 
 
 def insert_look(conn: Connection, rollout: str, at: float, numbers: Mapping[str, Any]) -> None:
@@ -351,7 +368,7 @@ def insert_look(conn: Connection, rollout: str, at: float, numbers: Mapping[str,
 
 
 def insert_decision(conn: Connection, values: Mapping[str, Any]) -> None:
-    conn.execute(_NEW_DECISION, dict(values))
+    _NEW_DECISION.run(conn, **values)
 
 
 def finish_command(conn: Connection, command: str, state: str, result: str, now: float) -> None:
@@ -365,10 +382,10 @@ def finish_command(conn: Connection, command: str, state: str, result: str, now:
 def prove(
     conn: Connection, fleet: str, component: str, hardware: str, value: Proven, rollout: str | None
 ) -> None:
-    conn.execute(_UNPROVEN, {"f": fleet, "c": component, "h": hardware})
+    _UNPROVEN.run(conn, f=fleet, c=component, h=hardware)
     row = {"fleet": fleet, "component": component, "hardware": hardware, "rollout": rollout}
     what = {"release": value.release, "digest": value.digest, "at": value.at}
-    conn.execute(_PROVEN, {**row, **what})
+    _PROVEN.run(conn, **row, **what)
 
 
 def put_release(conn: Connection, name: str, values: Mapping[str, Any]) -> None:
@@ -421,7 +438,7 @@ def unpublish(conn: Connection, names: Sequence[str]) -> None:
 
 def unpublish_all(conn: Connection) -> int:
     """The broker forgot: everything is to be published again. Answers how many."""
-    return conn.execute(_ALL_UNSENT).rowcount
+    return _ALL_UNSENT.run(conn)
 
 
 def clear_orders(conn: Connection, names: Sequence[str]) -> None:

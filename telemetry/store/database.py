@@ -43,10 +43,9 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """One consistent view that takes no write lock."""
+    """One consistent view that takes no write lock; closing it ends it."""
     with engine.connect().execution_options(bellwether_reading=True) as connection:
         yield connection
-        connection.rollback()
 
 
 def _postgresql(url: str) -> Engine:
@@ -78,7 +77,8 @@ def _sqlite(url: str) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
         if connection.get_execution_options().get("bellwether_reading"):
-            connection.exec_driver_sql("BEGIN")
+            # It takes no lock and cannot fail, and there are many: past SQLAlchemy.
+            connection.connection.driver_connection.execute("BEGIN")
             return
         # IMMEDIATE: a read that becomes a write in mid-transaction fails with "locked" at once,
         # whatever the timeout; taking the lock first makes the second writer wait instead.

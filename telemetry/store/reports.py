@@ -39,6 +39,7 @@ from telemetry.store.fold import (
     rollup_rows,
 )
 from telemetry.store.memory import Memory
+from telemetry.store.prepared import Prepared
 from telemetry.store.rollups import HOUR, Kind
 
 _END = 1 << 62  # after every change
@@ -99,7 +100,7 @@ def _messages() -> Select[Any]:
 
 
 _CONTACTS, _HEALTH = tables.contacts.c, tables.health
-_STATE = select(tables.state)
+_STATE = Prepared(select(tables.state))
 _DEVICE = _devices().where(_CONTACTS.device == bindparam("device"))
 _CHANGED = (
     _devices()
@@ -164,11 +165,11 @@ class Store:
 
     def watermark(self) -> int:
         with reading(self._engine) as connection:
-            return int(connection.execute(_STATE).one().batch)
+            return int(_STATE.first(connection).batch)
 
     def hearing(self) -> tuple[float, float]:
         with reading(self._engine) as connection:
-            row = connection.execute(_STATE).one()
+            row = _STATE.first(connection)
         return float(row.hearing), float(row.hearing_at)
 
     def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:

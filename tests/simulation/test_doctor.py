@@ -20,6 +20,7 @@ from bench.world import texts
 from bench.world.databases import Databases
 from bench.world.server import KEY
 from bench.world.world import World
+from controller import engine
 from controller.cli import app, doctor
 from device_agent.protocol import ComponentOrder, Desired, Kind, open_envelope
 
@@ -49,8 +50,8 @@ def lived(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> Pat
     world.ask("rollback")
     world.run(40)
     state = tmp_path_factory.mktemp("state")
-    for engine in (databases.control, databases.telemetry.engine):
-        engine.dispose()
+    for each in (databases.control, databases.telemetry.engine):
+        each.dispose()
     for name in ("control", "telemetry"):
         shutil.copyfile(databases.root / f"{name}.now", state / f"{name}.db")
     (state / "keys").mkdir()
@@ -248,6 +249,28 @@ def test_what_was_tampered_with_is_found(state: Path, name: str) -> None:
     assert code == 1
     assert invariant in {one["invariant"] for one in findings}, findings
     assert all(one["do"] for one in findings)
+
+
+@pytest.mark.parametrize(("by", "named"), [("0.0.1+feedbeef00", True), (None, False)])
+def test_another_engines_decision_breaks_no_promise(
+    state: Path, by: str | None, named: bool
+) -> None:
+    """The present engine would have judged otherwise: a note says who recorded it, and how many."""
+    inputs_rewritten(state)
+    sql(state, "UPDATE decisions SET policy = json_set(policy, '$.engine', ?)", by)
+    assert look(state) == (0, [])
+    done = CliRunner().invoke(app, ["doctor", "--state-dir", str(state), "--output", "json"])
+    (note,) = json.loads(done.stdout)["notes"]
+    n = sql(state, "SELECT count(*) FROM decisions WHERE kind = 'verdict'")[0][0]
+    assert f"judges {n} of them otherwise" in note
+    assert ("engine 0.0.1+feedbeef00" in note) is named
+    shown = CliRunner().invoke(app, ["doctor", "--state-dir", str(state)])
+    assert shown.stdout.startswith("note: ")
+
+
+def test_every_decision_names_the_engine_that_made_it(state: Path) -> None:
+    recorded = {json.loads(row[0])["engine"] for row in sql(state, "SELECT policy FROM decisions")}
+    assert recorded == {engine.present()}
 
 
 def test_it_leaves_nothing_behind_and_says_what_is_missing(tmp_path: Path) -> None:
