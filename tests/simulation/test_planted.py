@@ -16,7 +16,7 @@ from bench.world import server, texts
 from bench.world.databases import Databases
 from bench.world.world import World
 from controller import audit, dispatch
-from controller.rollout import desired, drawing, judging, telling
+from controller.rollout import desired, drawing, judging, telling, withholding
 from controller.rollout.ears import Ears
 from controller.rollout.gate import Verdict
 from controller.store import lease, rollouts
@@ -142,6 +142,8 @@ def blind_to_holds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         desired, "_by_holds", lambda place, component, base, catalog, now: (base, False, None)
     )
+    # The second line of defence: what a hold rejects is not sent again.
+    patch.setattr(withholding, "rejected", lambda *_: False)
 
 
 def counts_everything(patch: pytest.MonkeyPatch) -> None:
