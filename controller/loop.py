@@ -38,7 +38,8 @@ log = structlog.get_logger()
 
 MOST_ROUNDS = 24  # of decide in one tick; what is left waits for the next one
 FIRST = 64  # orders of a rollback that are on the wire before the others are composed
-PART = 1_000  # devices whose orders are composed in one transaction
+PART = 1_000  # devices whose orders are composed in one transaction; a rollback's
+UNHURRIED = 500  # the same, where nobody waits for them: a turn makes room sooner
 EARS_NOTED = 5.0  # seconds between two notes of what is heard during a rollout
 PARTS = 12  # in one tick: then whoever pressed a button meanwhile is heard first
 
@@ -150,7 +151,7 @@ class Loop:
             self._rollcall.take(self._world(), now)
             self._dispatch.touch(sorted(self._memory.devices))
         elif wanted:
-            self._rollcall.people(self._world(), now)
+            self._rollcall.commit(self._world(), now)
         memory, touch = self._memory, self._recording.touch
         waited = holdout.ended(memory.rollouts.values(), memory.pinned, self._observed, now)
         for fleet in sorted(waited):
@@ -255,7 +256,7 @@ class Loop:
                     self._score(now)
                     actions = self._ask(now)
                 urgent = self._dispatch.urgent
-                part = self._part(conn, FIRST if urgent else PART, now)
+                part = self._part(conn, FIRST if urgent else UNHURRIED, now)
                 self._note(conn, now)
             self._outbox.send(part.rows, memory.in_force, forward=self._asked)
             if urgent:  # the rest of its orders first; what else there is to say, in the next turn
@@ -328,7 +329,7 @@ class Loop:
     def _compose(self, now: float) -> None:
         """The next part of the orders that wait, recorded and sent."""
         with self._transaction(now) as conn:
-            part = self._part(conn, PART, now)
+            part = self._part(conn, PART if self._dispatch.urgent else UNHURRIED, now)
         self._outbox.send(part.rows, self._memory.in_force, forward=self._asked)
 
     def _part(self, conn: Connection, most: int, now: float) -> Part:

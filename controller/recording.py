@@ -17,7 +17,7 @@ from controller import approvals, audit, engine, ulid
 from controller.commands import add_hold
 from controller.dispatch import Dispatch
 from controller.listening import Listening
-from controller.manifests.kinds import Release
+from controller.manifests.kinds import Fleet, Release
 from controller.memory import Memory
 from controller.rollout.model import Arm, Draw, Member, Proven, Rollout, RolloutState
 from controller.rollout.rollcall import Rollcall
@@ -69,6 +69,7 @@ class Recording:
         self._entropy = entropy
         self._made = 0
         self._turned: list[tuple[Rollout, Rollout]] = []  # (before, after): to be followed
+        self._fleets: dict[str, Fleet] | None = None  # as the last accepted commit declares them
 
     def touch(self, devices: Iterable[str], now: float) -> None:
         """What is known of these devices, or wanted of them, is not what it was."""
@@ -124,8 +125,13 @@ class Recording:
         memory.rules = approvals.take_rules(conn, head, memory.rules, now)
         store.put_meta(conn, "head_commit", head.commit)
         memory.commit = head.commit
-        self._dispatch.touch(sorted(memory.devices))
-        self._rollcall.people(self._world(), now)
+        fleets = dict(head.manifests.fleets)
+        changed, self._fleets = new or fleets != self._fleets, fleets
+        if changed:  # what is proven, who brings an artifact, what is done about an unknown one
+            self._dispatch.touch(sorted(memory.devices))
+            self._rollcall.people(self._world(), now)
+        else:  # of orders it says nothing by itself: rollouts and holds touch whom they concern
+            self._rollcall.commit(self._world(), now)
 
     def _baseline(self, conn: Connection, fleet: str, baseline: Mapping[str, str]) -> None:
         """What a fleet calls proven before any rollout has completed."""

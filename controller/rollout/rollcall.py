@@ -86,8 +86,15 @@ class Rollcall:
             if away and muster.touch(world, world.rollouts[name], away, now):
                 self._awake.add(name)
 
+    def commit(self, world: World, now: float) -> None:
+        """The head changed: who waits may wait for something else now. Nobody else asks it."""
+        self._awake |= set(world.rollouts)
+        self._opening = True
+        for name, muster in self.musters.items():
+            muster.touch(world, world.rollouts[name], muster.waiting(), now)
+
     def people(self, world: World, now: float, fleets: Container[str] | None = None) -> None:
-        """Holds, stops or the head changed: all that waits may wait for something else now.
+        """Holds, stops or rules changed: all that waits may wait for something else now.
 
         `fleets`: only holds of these changed. How members of others stand is not touched by them.
         """

@@ -207,3 +207,27 @@ def test_what_the_broker_did_not_take_waits_and_leaves_once_it_is_back(
     story.loop.tick(story.world.now + 2)
     assert _orders(story, waiting=True) == set()
     assert {name.split("/")[2] for name in broker.has} == waiting
+
+
+def test_a_commit_that_says_nothing_of_orders_composes_none(story: Any) -> None:
+    """A hold that is recorded in Git comes back as a commit that changes no order."""
+    composed: list[str] = []
+    compose = story.loop._dispatch.compose
+
+    def listened(*args: Any, **named: Any) -> Any:
+        part = compose(*args, **named)
+        composed.extend(part.devices)
+        return part
+
+    story.loop._dispatch.compose = listened
+    head = story.world.head
+    story.world.head = replace(head, commit="f" * 40)
+    story.loop.tick(story.world.now + 1)
+    assert story.loop._memory.commit == "f" * 40
+    assert composed == []
+    fleets = dict(head.manifests.fleets)
+    fleets["cars"] = fleets["cars"].model_copy(update={"on_unknown": "converge"})
+    changed = replace(head.manifests, fleets=fleets)
+    story.world.head = replace(head, commit="e" * 40, manifests=changed)
+    story.loop.tick(story.world.now + 2)
+    assert set(composed) == set(story.world.rows)
