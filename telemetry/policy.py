@@ -144,7 +144,6 @@ class Engine:
     pooled_rate: float = 0.8  # rates and levels
     alpha: float = 0.05  # P(ever rolling back a harmless release) ≤ alpha
     beta: float = 0.10  # P(widening a wave whose harm reaches the margin) ≤ beta
-    lean_limit: float = 2.0  # evidence of harm A above which no wave widens
     weights: Weights = field(default_factory=Weights)
 
     # K1, shares of devices
@@ -211,7 +210,6 @@ class Engine:
         for name in ("failed_budget", "lost_budget", "first_share_limit"):
             value = getattr(self, name)
             _require(0 < _finite(value) < 1, f"engine.{name} must be in (0, 1)")
-        _require(_finite(self.lean_limit) >= 1, "engine.lean_limit must be 1 or more")
         _require(_finite(self.modest_ratio) > 1, "engine.modest_ratio must be above 1")
         _require(0 <= _finite(self.modest_weight) <= 1, "engine.modest_weight must be in [0, 1]")
         for name in ("ratio_margins", "failed_margins", "lost_margins", "level_loosening"):

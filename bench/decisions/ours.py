@@ -29,10 +29,8 @@ POLICY = Policy(
     engine=Engine(
         failed_margins=(0.08, 0.04, 0.013),
         ratio_margins=(2.0, 1.6, 1.3),
-        first_weight=0.1,
-        late_weight=0.1,
-        pooled_rate=0.9,
-        weights=Weights(outcome=0.20, lost=0.08, silence=0.03, events=0.58, levels=0.11),
+        pooled_share=0.5,
+        weights=Weights(outcome=0.22, lost=0.15, silence=0.03, events=0.45, levels=0.15),
     ),
 )
 CONTROLS = 6  # a device: more would leave none for the third wave

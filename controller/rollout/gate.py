@@ -7,8 +7,7 @@ Pure: a `Case` in, a `Judgement` out; the case is stored with the decision and j
    both reached) → roll back. One device below that waits for a person.
 2. A = Σ w·E ≥ 1/α → roll back. The weights are shared out over the guardrails that the policy has,
    so that a policy with `update_ok` alone can still roll back, and P(false) stays ≤ α.
-3. Soaked, enough of the updated report, arms report evenly, every F ≥ 1/β, and A does not lean to
-   harm (`lean_limit`) → widen.
+3. Soaked, enough of the updated report, arms report evenly, and every F ≥ 1/β → widen.
 4. At the maximum soak: inconclusive where nothing speaks against it (A ≤ 1), else wait and page.
 5. Wait otherwise. NaN and missing data pass no gate; no events is not "safe".
 
@@ -177,9 +176,6 @@ def judge(case: Case) -> Judgement:
         return _judgement(case, Verdict.ROLL_BACK, sentence, numbers | {"binding": worst.name})
     page = _page(case)
     missing = _missing(case, readings, proofs)
-    leaning = _leaning(case, readings, weights, total)
-    if leaning:
-        missing.insert(0, ("lean", leaning))
     if page:
         sentence = f"WAITING — {page}"
         return _judgement(case, Verdict.WAIT, sentence, numbers | {"page": True})
@@ -202,17 +198,6 @@ def judge(case: Case) -> Judgement:
         )
         return _judgement(case, Verdict.WAIT, sentence, numbers | {"page": True})
     return _judgement(case, Verdict.WAIT, f"WAITING — {words}{more}", numbers)
-
-
-def _leaning(case: Case, readings: list[Reading], weights: list[float], total: float) -> str:
-    """Not enough to roll back, too much to give the release to more devices. Spends no α."""
-    engine = case.policy.engine
-    if total <= engine.lean_limit:
-        return ""
-    return (
-        f"{_worst(readings, weights).says}: the evidence leans to harm ({_figure(total)} of "
-        f"{_figure(1 / engine.alpha)}, no wave widens above {_figure(engine.lean_limit)})"
-    )
 
 
 def _worst(readings: list[Reading], weights: list[float]) -> Reading:
@@ -366,17 +351,17 @@ def _proof(
     bad, n = (sum(group[i] for group in groups.values()) for i in (0, 1))
     safe = outcome.safe(engine, bad, n, margin)
     enough = outcome.needed(engine, margin)
-    unproven = []
+    worst, unproven = ("", bad, n), []
     for hardware, (s, started) in sorted(groups.items()) if len(groups) > 1 else ():
         own = outcome.safe(engine, s, started, margin)
         if own < 1 / engine.beta and started < _SPEAKS * enough:
             unproven.append(hardware)
-        else:
-            safe = min(safe, own)
-    need = outcome.needed(engine, margin, bad) if bad <= n else 0
+        elif own < safe:
+            safe, worst = own, (f" of hardware {hardware}" if hardware else "", s, started)
+    (where, s, started), need = worst, outcome.needed(engine, margin, min(worst[1], worst[2]))
     lacks = (
-        f"{UPDATE_OK}: {n - bad} of {need - bad} devices needed without failure to refute "
-        f"{margin * 100:.3g} % {name}" + (f" ({bad} {name})" if bad else "")
+        f"{UPDATE_OK}: {started - s} of {need - s} devices{where} needed without failure to refute "
+        f"{margin * 100:.3g} % {name}" + (f" ({s} {name})" if s else "")
     )
     return _Shares(
         name=name,

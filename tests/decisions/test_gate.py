@@ -14,7 +14,6 @@ import pytest
 from controller.rollout.gate import (
     AbortFailed,
     Case,
-    Judgement,
     Outcome,
     Silence,
     StepLimits,
@@ -118,28 +117,27 @@ def test_a_clean_soaked_step_widens() -> None:
     assert judged.sentence.startswith("WIDENED — 60 of 60 devices")
 
 
-def test_a_wave_whose_evidence_leans_to_harm_does_not_widen() -> None:
-    def judged(failed: int, policy: Policy = ONLY_OUTCOME) -> Judgement:
-        some = replace(clean(2_000), committed=2_000 - failed, failed=failed)
-        step = replace(SOAKED, reporting=2_000, updated=2_000)
-        return judge(Case(policy=policy, step=step, outcomes=(some,)))
-
-    leaning = [n for n in range(60) if 2 < judged(n).numbers["harm"] < 20]
-    assert leaning
-    for failed in leaning:  # each of them is far below the margin of 8 %
-        found = judged(failed)
-        assert found.verdict is Verdict.WAIT
-        assert found.numbers["binding"] == "lean"
-        assert "leans to harm" in found.sentence
-        assert f"{failed} of 2000 devices" in found.sentence
-    patient = replace(ONLY_OUTCOME, engine=Engine(lean_limit=100.0))
-    assert judged(leaning[0], patient).verdict is Verdict.WIDEN
+def test_what_is_lacking_names_the_hardware_that_lacks_it() -> None:
+    outcomes = (
+        replace(clean(2_000), hardware="hw3"),
+        replace(clean(400), hardware="hw4", committed=370, failed=30),
+    )
+    step = replace(SOAKED, reporting=2_400, updated=2_400)
+    patient = replace(ONLY_OUTCOME, engine=Engine(failed_budget=0.05))
+    judged = judge(Case(policy=patient, step=step, outcomes=outcomes))
+    assert judged.verdict is Verdict.WAIT
+    assert "of hardware hw4 needed" in judged.sentence
+    assert "(30 failed" in judged.sentence
 
 
-@pytest.mark.parametrize("limit", [math.nan, math.inf, 0.5, -1.0])
-def test_a_limit_of_leaning_that_would_stop_a_clean_step_is_refused(limit: float) -> None:
-    with pytest.raises(ValueError, match=r"lean_limit|finite|number"):
-        Engine(lean_limit=limit)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("modest_ratio", 1.0), ("modest_ratio", math.nan), ("modest_weight", 1.5),
+     ("modest_weight", -0.1), ("modest_weight", math.nan)],
+)  # fmt: skip
+def test_a_bet_that_is_none_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=r"modest|finite|number"):
+        Engine(**{name: value})
 
 
 def test_too_few_devices_wait_and_say_how_many_are_needed() -> None:
