@@ -155,7 +155,7 @@ def _adopts(chosen: Mapping[str, Told], catalog: Catalog) -> bool:
 
 def _left_alone(place: Place) -> bool:
     """Does it wait for its turn to go back? Not from where a later rollout leads it on."""
-    if place.begun:
+    if place.begun or not place.stays:
         return False
     led = {
         component
