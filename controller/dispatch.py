@@ -7,6 +7,8 @@ Rules, in order:
    still being signed. Nobody is forgotten by a kill: after a start everybody waits.
 3. Only an order that differs from the last one is written; its generation is above all that the
    device has seen.
+4. A device that obeys a lost memory has perhaps more to tell than we have heard: while we were away
+   it went on. It is told nothing but a way back before we have heard it for a while.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from telemetry.report import DeviceRow
 # Seconds before one order is issued again: a rollback that failed on its device, and a lease that
 # has passed by the device's clock (one that is wrong by years would ask for ever, at each report).
 AGAIN = 300.0
+SETTLES = 20.0  # seconds in touch until a device has told what it had to tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,8 @@ class Dispatch:
         self._urgent: dict[str, None] = {}
         self._rest: dict[str, None] = {}
         self._again: dict[str, float] = {}  # device → when its order is issued once more
+        self._strangers: dict[str, float | None] = {}  # who obeys a lost memory → in touch since
+        self._began: float | None = None
         self._memberships: dict[str, tuple[str, ...]] = {}
         for rollout, devices in members.items():
             self.joined(rollout, devices)
@@ -77,6 +82,10 @@ class Dispatch:
         for device in devices:
             self._rest.pop(device, None)
             self._urgent[device] = None
+
+    def heard(self, devices: Iterable[str]) -> None:
+        """These were heard, with nothing new to say."""
+        self.touch(name for name in devices if self._strangers.get(name, 0.0) is None)
 
     def due(self, now: float) -> set[str]:
         """Devices whose order is issued once more."""
@@ -111,6 +120,7 @@ class Dispatch:
     def compose(self, world: World, most: int, now: float, *, before: float | None) -> Part:
         """The next part: at most so many devices. `before`: when a lost database was found."""
         names = self._take(most)
+        self._began = now if self._began is None else self._began
         view = _View(world=world, now=now)
         press = Press(self._issuer, world.catalog, now)
         orders, rows, gone = [], [], []
@@ -157,7 +167,22 @@ class Dispatch:
             return None  # never heard and never told: its first report says what it runs
         if not _may_go(world, place, target):
             return None
+        if place.foreign and target.kind is not Kind.ROLLBACK and not self._settled(row, now):
+            return None
         return press.order(place.device, target, last, row)
+
+    def _settled(self, row: DeviceRow | None, now: float) -> bool:
+        """Has this stranger been in touch with us for long enough? Not yet: noted."""
+        if self._began is None or row is None:
+            return False
+        since = self._strangers.get(row.device)
+        if since is None and row.last_contact > self._began:
+            since = now
+        self._strangers[row.device] = since
+        if since is not None and now < since + SETTLES:
+            self._again[row.device] = since + SETTLES
+            return False
+        return since is not None
 
     def _stale(self, last: Order | None, row: DeviceRow | None, now: float) -> bool:
         """Must the same order go out again, under a new generation? Not yet: noted."""

@@ -190,6 +190,7 @@ class Loop:
         if heard.sight_regained and self._memory.find_what_was_lost(self._listening.seen):
             log.warning("restored", detail="devices obey newer orders than the database knows")
         self._recording.touch(heard.words, now)
+        self._dispatch.heard(heard.contacts)
         self._rollcall.contacts(self._world(), heard.contacts, now)
 
     # -- decide and record ------------------------------------------------------------------------

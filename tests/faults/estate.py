@@ -111,14 +111,14 @@ class Estate:
         self._documents[version] = text
         return version
 
-    def push(self, version: str) -> None:
+    def push(self, version: str, silent_after: float = SILENT_AFTER) -> None:
         """Commit its rollout; back when that has opened."""
         release = stage.release_name(version)
         words = {
             "rollout": stage.ROLLOUT,
             "fleet": stage.FLEET,
             "release": release,
-            "silent": SILENT_AFTER,
+            "silent": silent_after,
         }
         files = {
             f"releases/{version}.yaml": self._documents[version],
@@ -181,8 +181,7 @@ class Estate:
         ended = ("RolledBack", "RollingBack")
         eventually(lambda: self.rollout(release)["state"] in ended, PATIENCE, "it is caught")
         eventually(lambda: self.story.repository.holds(), PATIENCE, "its hold is in Git")
-        state = "RolledBack"
-        eventually(lambda: self.rollout(release)["state"] == state, PATIENCE, "all are back")
+        eventually(lambda: not self.standing_of(version), PATIENCE, "nobody runs it any more")
 
     def ordered(self, device: str) -> str:
         """The version that a device was told last; empty before its first order."""

@@ -122,7 +122,7 @@ def test_who_slept_through_rollback_and_fix_never_starts_the_fault(estate: Estat
     bad = estate.publish(boots=False)
     with estate.frozen("doze", "doze.0", "nap", "nap.0"):
         os.kill(estate.pid("nap.0"), signal.SIGKILL)
-        estate.push(bad)
+        estate.push(bad, silent_after=60.0)  # whoever is away for so long may be told yet
         told = estate.told(bad, sleepers)
         estate.goes_back(bad)
         fix = estate.publish(fixes=bad)

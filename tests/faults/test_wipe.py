@@ -18,6 +18,7 @@ import pytest
 
 from controller.cli import stage
 from controller.cli.story import Story, Wish
+from controller.dispatch import SETTLES
 
 from .conftest import eventually
 
@@ -109,7 +110,13 @@ def test_a_wiped_control_database_changes_no_device_and_waits_for_a_person(story
     )
     (seen,) = rollouts(story)
     assert (seen["release"], seen["state"]) == ("fsd-10.2.1", "Paused")
-    until = time.monotonic() + 8
+
+    def heard() -> bool:
+        found = devices(story)
+        return all(found.get(name) == was for name, was in before.items())
+
+    eventually(heard, PATIENCE, "all that happened meanwhile is told")
+    until = time.monotonic() + SETTLES + 8
     while time.monotonic() < until:
         # The same fleets, releases and number of switches, by the API and by themselves.
         assert {name: devices(story)[name] for name in before} == before
