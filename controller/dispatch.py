@@ -167,7 +167,7 @@ class Dispatch:
             return None  # never heard and never told: its first report says what it runs
         if not _may_go(world, place, target):
             return None
-        if place.foreign and target.kind is not Kind.ROLLBACK and not self._settled(row, now):
+        if place.foreign and not _leads_away(place, target) and not self._settled(row, now):
             return None
         return press.order(place.device, target, last, row)
 
@@ -287,6 +287,13 @@ def _covers(world: World, hold: ActiveHold, device: Device, memberships: Sequenc
             if scope.covers(hold.scope, device, member, world.pinned.get(name)):
                 return True
     return False
+
+
+def _leads_away(place: desired.Place, target: desired.Target) -> bool:
+    """Back, or from an order that a hold has rejected: that never waits."""
+    held = {digest for hold in place.holds for digest in hold.artifacts}
+    told = place.last.components.values() if place.last is not None else ()
+    return target.kind is Kind.ROLLBACK or any(one.digest in held for one in told)
 
 
 def _may_go(world: World, place: desired.Place, target: desired.Target) -> bool:
