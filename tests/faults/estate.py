@@ -27,7 +27,7 @@ from .conftest import eventually
 
 CARS = 24
 SILENT_AFTER = 4.0  # seconds: what the outages are measured by
-PATIENCE = 240.0
+PATIENCE = 400.0
 UNDER_WAY = frozenset({"Pending", "Progressing", "Soaking"})
 
 # Without a rate: so few cars prove what they can prove, that the update works.
