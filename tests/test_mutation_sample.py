@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 GUARDS = {
     "telemetry/evidence/outcome.py": ("evidence_curves", "gate"),
     "telemetry/evidence/first_events.py": ("evidence_curves", "gate"),
-    "telemetry/evidence/levels.py": ("evidence_curves", "gate"),
+    "telemetry/evidence/levels.py": ("evidence_curves", "evidence_levels", "gate"),
     "telemetry/evidence/curves.py": ("evidence_curves", "gate"),
     "telemetry/evidence/fleetwide.py": ("fleetwide",),
     "controller/rollout/gate.py": ("gate",),
