@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, update
@@ -24,13 +26,12 @@ from telemetry.store.tables import create_schema
 NOW = time.time()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def planted(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path, database_url: str
 ) -> Iterator[tuple[Engine, estate.Estate, dict[str, DeviceRow]]]:
-    root = tmp_path_factory.mktemp("estate")
-    control = open_control(f"sqlite:///{root / 'control.db'}")
-    telemetry = open_engine(f"sqlite:///{root / 'telemetry.db'}")
+    control = open_control(database_url)
+    telemetry = open_engine(f"sqlite:///{tmp_path / 'telemetry.db'}")
     create_schema(telemetry)
     filled = estate.fill(control, telemetry, devices=300, rollouts=30, now=NOW)
     with writing(control) as conn:  # devices whose newest rollout does not know what they ran
@@ -44,12 +45,11 @@ def planted(
     telemetry.dispose()
 
 
-@pytest.mark.parametrize("few", [0, 7, 10_000])
 def test_the_newest_membership_that_knows(
-    planted: tuple[Engine, estate.Estate, dict[str, DeviceRow]], few: int
+    planted: tuple[Engine, estate.Estate, dict[str, DeviceRow]],
 ) -> None:
     control, filled, _ = planted
-    for fleet, ids in filled.rollouts.items():
+    for (fleet, ids), few in product(filled.rollouts.items(), (0, 7, 10_000)):
         names, wanted = filled.devices[fleet], dict[str, Member]()
         with reading(control) as conn:
             every = store.load_members_of(conn, ids)
