@@ -111,6 +111,21 @@ PLANTED: list[tuple[str, tuple[Any, str], Any, tuple[str, str, tuple[Any, ...]]]
         ("evidence_curves", "test_a_shifted_level_is_harm_and_an_equal_one_becomes_safe", ()),
     ),
     (
+        "K3r: the bet's own cost forgotten", (levels, "harm_at"),
+        lambda normal, rise: curves.bounded(rise * normal.s),
+        ("evidence_levels", "test_a_bet_on_one_rise_is_an_e_value_and_the_best_one_there", (10.0,)),
+    ),
+    (
+        "K3r: all scatter is taken as known", (levels, "_scatter"),
+        lambda arm, wide: (wide / arm.y, 1e4),
+        ("evidence_levels", "test_only_what_exceeds_poisson_has_few_degrees_of_freedom", ()),
+    ),
+    (
+        "K3r: few devices believe themselves", (levels, "_scatter"),
+        lambda arm, wide: (max(levels._clustered(arm), 1 / arm.y), 1e4),
+        ("evidence_levels", "test_few_devices_lean_on_the_scatter_of_all", ()),
+    ),
+    (
         "K3: normal instead of Student", (levels, "student_tail"),
         lambda t, df: 0.5 * math.erfc(t / math.sqrt(2)),
         ("evidence_curves", "test_student_tail_is_scipys", (2.0, 3)),
@@ -192,7 +207,10 @@ PLANTED: list[tuple[str, tuple[Any, str], Any, tuple[str, str, tuple[Any, ...]]]
         staticmethod(lambda n, names, shares, known, *more: _MADE(
             n, names, shares, dataclasses.replace(known, spread=0.0, rate=known.rate * 2), *more
         )),
-        ("power", "test_power_agrees_with_another_simulator_within_five_points", (100, 2.0)),
+        (
+            "power", "test_power_agrees_with_another_simulator_within_five_points",
+            (100, 500, 2.0, 300),
+        ),
     ),
     (
         "hindsight: it knows the future", (past, "_until"),
