@@ -13,6 +13,7 @@ import gc
 import os
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -100,6 +101,9 @@ def _lead(
     stopping: threading.Event,
 ) -> None:
     ballast.lay(engine)
+    # The loop hands Python's lock back at every row that it reads; whoever has it then (Git's
+    # thread, the publisher's) shall not keep it for the default of 5 ms.
+    sys.setswitchinterval(0.0005)
     with contextlib.ExitStack() as stack:
         bell = wake.Bell(settings.state_dir)
         stack.callback(bell.close)

@@ -8,7 +8,7 @@ who was enrolled when. A member's row tells that of today; who was a control bef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from controller.rollout.model import Arm, Draw, Member, MemberState, Rollout
@@ -75,25 +75,34 @@ class Evidence:
             return
         ledger.enrol(self._enrolment(rollout, after))
 
-    def read(self, most: int | None = None) -> bool:
+    def read(self, most: int | None = None, rung: Callable[[], bool] = lambda: False) -> bool:
         """Take in what was committed since the last time; about `most` messages.
 
-        Answers whether all was read; the watermark is as far as every ledger has read.
+        Answers whether all was read; the watermark is as far as every ledger has read. Where
+        somebody has `rung` meanwhile, what was read is read again another time.
         """
         newest = self._reader.watermark()
-        self._catch_up(list(self._ledgers), most, newest)
+        self._catch_up(list(self._ledgers), most, newest, rung)
         self.watermark = min(self._read_to.values(), default=newest)
         return self.watermark >= newest
 
     def observations(self) -> Mapping[str, Observations]:
         return {rollout: ledger.snapshot() for rollout, ledger in self._ledgers.items()}
 
-    def _catch_up(self, rollouts: Sequence[str], most: int | None, newest: int) -> None:
+    def _catch_up(
+        self,
+        rollouts: Sequence[str],
+        most: int | None,
+        newest: int,
+        rung: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Read from where the last of these ledgers stands; who is ahead waits for it."""
         page = {} if most is None else {"limit": most}
         position = min((self._read_to[name] for name in rollouts), default=newest)
         while position < newest:
             rows = self._reader.health_since(position, **page)
+            if rung():
+                break
             position = _last_batch(rows) if rows else newest
             for name in rollouts:
                 self._take(name, rows, position)

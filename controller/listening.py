@@ -75,7 +75,10 @@ class Listening:
             self.ears.hear(
                 heard, self._last_word, now, quiet=self._quiet(world()), crowd=self._crowd
             )
-            whole = (page is None or not rung()) and self.evidence.read(page)
+            if page is None:
+                whole = self.evidence.read()
+            else:
+                whole = not rung() and self.evidence.read(page, rung)
             self.more = not whole or (page is not None and len(rows) >= page)
         except (SQLAlchemyError, OSError) as error:
             if not (was_blind and self._complained):
