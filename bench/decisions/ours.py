@@ -28,9 +28,12 @@ POLICY = Policy(
     gates=(Gate(metric="update_ok", type=GateType.PROPORTION), INCIDENT, WARMTH),
     engine=Engine(
         failed_margins=(0.08, 0.04, 0.013),
-        ratio_margins=(2.0, 1.6, 1.3),
+        ratio_margins=(1.9, 1.7, 1.3),
+        first_weight=0.1,
+        late_weight=0.1,
+        pooled_rate=0.9,
         pooled_share=0.5,
-        weights=Weights(outcome=0.22, lost=0.15, silence=0.03, events=0.45, levels=0.15),
+        weights=Weights(outcome=0.22, lost=0.15, silence=0.02, events=0.50, levels=0.11),
     ),
 )
 CONTROLS = 6  # a device: more would leave none for the third wave
