@@ -32,6 +32,7 @@ POLICY = Policy(
         first_weight=0.1,
         late_weight=0.1,
         pooled_rate=0.9,
+        repeat_min_events=30,
         pooled_share=0.5,
         weights=Weights(outcome=0.22, lost=0.15, silence=0.02, events=0.50, levels=0.11),
     ),
