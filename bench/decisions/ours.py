@@ -34,7 +34,7 @@ POLICY = Policy(
         pooled_rate=0.9,
         repeat_min_events=30,
         pooled_share=0.5,
-        weights=Weights(outcome=0.22, lost=0.15, silence=0.02, events=0.50, levels=0.11),
+        weights=Weights(outcome=0.27, lost=0.15, silence=0.02, events=0.47, levels=0.09),
     ),
 )
 CONTROLS = 6  # a device: more would leave none for the third wave
