@@ -1,4 +1,8 @@
-"""One server and one Chromium for all browser tests of a session."""
+"""One server for all browser tests of a session, one Chromium a file.
+
+Playwright's loop runs in the thread of the tests as long as a Chromium is open: no longer than a
+file's tests, so that whatever comes next can run a loop of its own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     end(served)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -28,7 +32,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cookies(chromium: Browser, site: Site) -> dict[Role, list[dict[str, object]]]:
     """Session cookies of a person of each role that the tests use."""
     found = {}

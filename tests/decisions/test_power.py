@@ -146,7 +146,8 @@ def test_the_sentence_names_devices_hours_rise_and_chance() -> None:
     chance = found.gates[1].chances[0]
     hours, share = (24, chance.by_soak) if chance.by_soak >= 0.8 else (48, chance.by_max)
     assert found.gates[1].sentence.startswith(
-        f"with 1,000 devices and {hours} h, a 1.5× rise of braking is seen with {share:.0%}"
+        f"with 1,000 devices and {hours} h, a 1.5× rise of braking is seen with "
+        f"{share * 100:.0f} % probability"
     )
 
 
