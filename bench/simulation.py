@@ -89,7 +89,7 @@ _ours: list[Databases] = []  # of this process
 def _prepare(root: Path) -> None:
     _ours[:] = [Databases(root / str(os.getpid()))]
     gc.freeze()  # modules and statements stay: the collector need not look at them again
-    gc.set_threshold(50_000)
+    gc.disable()  # the rubbish of a lot of histories is small: it is collected after each lot
 
 
 def _lot(seeds: Sequence[int]) -> tuple[list[Outcome], float]:
@@ -101,6 +101,7 @@ def _lot(seeds: Sequence[int]) -> tuple[list[Outcome], float]:
             told.append(history.run(_ours[0], str(seed)))
         except Exception as error:  # noqa: BLE001 - whatever it is, its seed must be told
             told.append(history.defect(str(seed), error))
+    gc.collect()
     return told, time.process_time() - began
 
 

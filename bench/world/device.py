@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 from bench.world.heap import Heap
@@ -417,7 +418,7 @@ class Device:
         return self._natures.get(digest, _PLAIN)
 
     def _share(self, digest: str, what: str) -> float:
-        return Random(f"{self.name}/{digest}/{what}").random()
+        return _share(f"{self.name}/{digest}/{what}")
 
     def _later(self, seconds: float, deed: Callable[[], None]) -> None:
         life = self._life
@@ -430,3 +431,9 @@ class Device:
 
 
 _PLAIN = Nature()
+
+
+@lru_cache(maxsize=10_000)
+def _share(what: str) -> float:
+    """The same luck whenever it is asked for."""
+    return Random(what).random()
