@@ -117,7 +117,9 @@ def test_cars_behind_a_broken_network(estate: Estate, outage: float) -> None:
 
 def test_who_slept_through_rollback_and_fix_never_starts_the_fault(estate: Estate) -> None:
     """Told the faulty release, and away before it could begin: frozen, or its power was cut."""
-    sleepers = [*estate.enrol("doze", 5), *estate.enrol("nap", 5)]
+    # Ten of the estate's cars have a perfect score, as these have: whichever ten are drawn first,
+    # enough of them are awake to prove the fix, and one of these is as good as surely among them.
+    sleepers = [*estate.enrol("doze", 3), *estate.enrol("nap", 2)]
     before = {name: estate.ran(name) for name in sleepers}
     bad = estate.publish(boots=False)
     with estate.frozen("doze", "doze.0", "nap", "nap.0"):
