@@ -11,7 +11,8 @@ Rules, in order, for each Rollout manifest of base and head:
 2. Gone from head: its running rollout goes on as it was pinned.
 3. It opens (`opening`): steps, who is left out and why, downloads, earliest end, the way back.
 4. It is refused or waits (`opening`'s notice): a hold, a suspension, a running one.
-5. Its documents differ and nothing opens: what is pinned stays until its next release.
+5. Its documents differ and nothing opens: what is pinned stays until its next release; how that
+   one would go is rehearsed with a stand-in, a release like the present one that nobody runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from controller.manifests.reader import Manifests, Problem
 from controller.rollout import acts, approval, opening
 from controller.rollout.acts import Act
 from controller.rollout.desired import Catalog
-from controller.rollout.differences import differences
+from controller.rollout.differences import Difference, differences
 from controller.rollout.left_out import LeftOut, left_out
 from controller.rollout.model import Rollout, RolloutState
 from controller.rollout.planned_steps import (
@@ -36,7 +37,7 @@ from controller.rollout.planned_steps import (
     unmeasured,
 )
 from controller.rollout.power import History
-from controller.rollout.waves import Pinned
+from controller.rollout.waves import Pinned, pin
 from controller.rollout.world import Change, Head, Notice, Open, World
 
 
@@ -66,7 +67,7 @@ class Planned:
     download: int = 0  # bytes, all steps
     ends: float | None = None  # Unix seconds, at the earliest
     one_way: bool = False
-    differs: tuple[str, ...] = ()  # fields, where it is edited
+    differs: tuple[Difference, ...] = ()  # where it is edited; `steps` are its next release's
     approves: str = ""  # digest of the plan that its people approve, where the rule asks for them
     notes: tuple[str, ...] = ()
 
@@ -126,7 +127,7 @@ def plan(
             or _removed(name, before, after)
             or _opened(name, before, world, opened, now, measured, past or {})
             or _refused(name, before, after, notices)
-            or _same(name, before, after)
+            or _same(name, before, after, world, now, past if measured else None)
         )
     return Plan(
         base=base.name,
@@ -252,22 +253,33 @@ def _opened(
         steps = tuple(unmeasured(wave, now) for wave in action.pinned.waves)
         sentence = f"OPENS — {rollout.release} for {rollout.fleet}: {len(steps)} steps"
         return replace(base, steps=steps, sentence=sentence)
-    drawn = list(drawn_by_step(world, rollout, action.pinned, now))
-    steps = tuple(planned(world, rollout, action.pinned, drawn, now, past.get(rollout.fleet)))
+    base = _drawn(base, world, rollout, action.pinned, now, past)
+    reached, back = sum(step.devices for step in base.steps), base.returning
+    return replace(
+        base,
+        sentence=f"OPENS — {rollout.release} for {rollout.fleet}: {reached} of {base.fleet_size} "
+        f"devices in {len(base.steps)} steps" + (f", {back} go back at once" if back else ""),
+    )
+
+
+def _drawn(
+    base: Planned, world: World, rollout: Rollout, pinned: Pinned, now: float,
+    past: Mapping[str, History],
+) -> Planned:  # fmt: skip
+    """With its steps, as they would be drawn now."""
+    drawn = list(drawn_by_step(world, rollout, pinned, now))
+    steps = tuple(planned(world, rollout, pinned, drawn, now, past.get(rollout.fleet)))
     devices = [d for d in world.devices.values() if d.fleet == rollout.fleet]
     reached = {m.device for wave in drawn for m in wave.exposed}
     returning = {m.device for wave in drawn for m in wave.returning}
-    total = len(reached) + len(returning)
     return replace(
         base,
         steps=steps,
         returning=len(returning),
         fleet_size=len(devices),
-        left_out=tuple(left_out(world, rollout, action.pinned, devices, reached | returning)),
+        left_out=tuple(left_out(world, rollout, pinned, devices, reached | returning)),
         download=sum(step.download for step in steps),
         ends=steps[-1].ends if steps else now,
-        sentence=f"OPENS — {rollout.release} for {rollout.fleet}: {total} of {len(devices)} "
-        f"devices in {len(steps)} steps",
     )
 
 
@@ -316,19 +328,31 @@ def _refused(
     )
 
 
-def _same(name: str, before: Manifests, after: Manifests) -> Planned:
+def _same(
+    name: str,
+    before: Manifests,
+    after: Manifests,
+    world: World,
+    now: float,
+    past: Mapping[str, History] | None,
+) -> Planned:
+    """`past`: None where the fleet is not known."""
     wanted, known = after.rollouts[name], before.rollouts.get(name)
     differs = tuple(differences(name, before, after)) if known is not None else ()
-    now, later = [f for f in differs if f == "suspend"], [f for f in differs if f != "suspend"]
+    suspends = wanted.suspend != known.suspend if known is not None else False
+    later = [d for d in differs if d.field != "suspend"]
     words = []
-    if now:
-        words.append("SUSPENDED at once" if wanted.suspend else "goes on")
+    if suspends:
+        words.append("SUSPENDED at once" if wanted.suspend else "GOES ON at once")
     if later:
-        words.append(
-            f"EDITED — {', '.join(later)}: a running rollout keeps what it was opened with, the "
-            "next release takes it"
+        running = opening.newest(world, name)
+        keeps = (
+            f"{running.release}, which is under way,"
+            if running and running.active
+            else "what is under way"
         )
-    return Planned(
+        words.append(f"EDITED — {keeps} keeps what it was opened with; the next release takes it")
+    same = Planned(
         rollout=name,
         fleet=wanted.fleet,
         effect=Effect.EDITED if differs or known is None else Effect.UNCHANGED,
@@ -337,6 +361,50 @@ def _same(name: str, before: Manifests, after: Manifests) -> Planned:
         after=wanted.release,
         differs=differs,
     )
+    if not later or past is None:
+        return same
+    return _rehearsed(same, before, after, world, now, past)
+
+
+def _rehearsed(
+    base: Planned, before: Manifests, after: Manifests, world: World, now: float,
+    past: Mapping[str, History],
+) -> Planned:  # fmt: skip
+    """With the steps of the next release, each beside its devices as the rules are in base."""
+    next_one = _stand_in(base.rollout, after)
+    if next_one is None:
+        return base
+    rollout, pinned = next_one
+    found = _drawn(base, world, rollout, pinned, now, past)
+    old = _stand_in(base.rollout, before)
+    were = [len(d.exposed) for d in drawn_by_step(world, *old, now)] if old is not None else []
+    if len(were) != len(found.steps):
+        return found
+    steps = (replace(step, was=was) for step, was in zip(found.steps, were, strict=True))
+    return replace(found, steps=tuple(steps))
+
+
+def _stand_in(name: str, manifests: Manifests) -> tuple[Rollout, Pinned] | None:
+    """A release like the present one, whose artifacts no device has; None: something is missing."""
+    wanted = manifests.rollouts[name]
+    release, fleet = manifests.releases.get(wanted.release), manifests.fleets.get(wanted.fleet)
+    policy = manifests.policies.get(fleet.health_policy) if fleet else None
+    if release is None or fleet is None or policy is None:
+        return None
+    components = {
+        component: artifact.model_copy(update={"digest": f"sha256:{n:064x}"})
+        for n, (component, artifact) in enumerate(release.components.items())
+    }
+    new = release.model_copy(
+        update={"name": f"after {release.name}"[:63], "components": components, "fixes": None}
+    )
+    rollout = Rollout(
+        id=PLANNED, name=name, fleet=fleet.name, release=new.name, digest=new.digest,
+        artifacts={c: a.digest for c, a in components.items()}, commit="", author="",
+        state=RolloutState.PROGRESSING, sentence="", revision=1, step=0, opened_at=0.0,
+        step_at=0.0, seed=name, pinned={},
+    )  # fmt: skip
+    return rollout, pin(wanted, fleet, policy, new)
 
 
 def _release(manifests: Manifests, name: str) -> str:

@@ -113,28 +113,15 @@ def markdown(plan: Plan) -> str:
 
 def _markdown_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
     yield f"{_MARK[rollout.effect]} **`{rollout.rollout}`** — {_escape(rollout.sentence)}"
-    if rollout.effect is not Effect.OPENS:
+    if rollout.effect not in (Effect.OPENS, Effect.EDITED):
         return
     if rollout.before and rollout.before != rollout.after:
         yield f"\n`{rollout.before}` → `{rollout.after}`"
-    if rollout.steps and measured:
+    if rollout.differs:
         yield ""
-        yield "| step | who | devices | control | soak | ends, at the earliest | download |"
-        yield "|--:|---|--:|--:|--:|---|--:|"
-        for i, step in enumerate(rollout.steps, 1):
-            person = " then `promote`" if step.waits_for else ""
-            yield (
-                f"| {i} | {_escape(step.name)} | {step.devices:,}{_unheard(step)} | "
-                f"{step.control:,} | {span(step.soak)}{person} | {moment(step.ends) or 'never'} | "
-                f"{size(step.download)} |"
-            )
-        yield ""
-        yield f"- {_total(rollout)}"
-    elif rollout.steps:
-        yield ""
-        for i, step in enumerate(rollout.steps, 1):
-            yield f"{i}. {_escape(step.name)}, soak {span(step.soak)}"
-        yield ""
+        yield from (f"- {_escape(str(each))}" for each in rollout.differs)
+    if rollout.steps:
+        yield from _markdown_steps(rollout, measured)
     for line in _facts(rollout):
         yield f"- {_escape(line)}"
     for i, step in enumerate(rollout.steps, 1):
@@ -143,6 +130,29 @@ def _markdown_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
             flag = "" if step.conclusive else " ⚠️"
             yield f"- **step {i}**{flag} {_escape(step.name)}"
             yield from (f"  - {_escape(line)}" for line in lines)
+
+
+def _markdown_steps(rollout: Planned, measured: bool) -> Iterator[str]:
+    if not measured:
+        yield ""
+        for i, step in enumerate(rollout.steps, 1):
+            yield f"{i}. {_escape(step.name)}, soak {span(step.soak)}"
+        yield ""
+        return
+    if rollout.effect is Effect.EDITED:
+        yield f"\n{_escape(_rehearsal(rollout))}"
+    yield ""
+    yield "| step | who | devices | control | soak | ends, at the earliest | download |"
+    yield "|--:|---|--:|--:|--:|---|--:|"
+    for i, step in enumerate(rollout.steps, 1):
+        person = " then `promote`" if step.waits_for else ""
+        yield (
+            f"| {i} | {_escape(step.name)} | {_devices(step)}{_unheard(step)} | "
+            f"{step.control:,} | {span(step.soak)}{person} | {moment(step.ends) or 'never'} | "
+            f"{size(step.download)} |"
+        )
+    yield ""
+    yield f"- {_total(rollout)}"
 
 
 # -- plain text -----------------------------------------------------------------------------------
@@ -167,23 +177,26 @@ def plain(plan: Plan) -> str:
 
 def _plain_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
     yield f"  {_SIGN[rollout.effect]} {rollout.rollout}: {rollout.sentence}"
-    if rollout.effect is not Effect.OPENS:
+    if rollout.effect not in (Effect.OPENS, Effect.EDITED):
         return
     if rollout.before and rollout.before != rollout.after:
         yield f"      {rollout.before} → {rollout.after}"
+    yield from (f"      {each}" for each in rollout.differs)
+    if rollout.steps and rollout.effect is Effect.EDITED:
+        yield f"      {_rehearsal(rollout)}"
     for i, step in enumerate(rollout.steps, 1):
         person = f", then waits for {step.waits_for}" if step.waits_for else ""
         if not measured:
             yield f"      step {i}  {step.name}: soak {span(step.soak)}{person}"
             continue
         yield (
-            f"      step {i}  {step.name}: {step.devices:,} devices{_unheard(step)}, "
+            f"      step {i}  {step.name}: {_devices(step)} devices{_unheard(step)}, "
             f"{step.control:,} as control, soak {span(step.soak)}{person}; "
             f"{size(step.download)}; ends {moment(step.ends) or 'never'} at the earliest"
         )
         for line in _says(step):
             yield f"                {line}"
-    if measured:
+    if measured and rollout.steps:
         yield f"      {_total(rollout)}"
     for line in _facts(rollout):
         yield f"      {line}"
@@ -232,6 +245,15 @@ def _says(step: PlannedStep) -> tuple[str, ...]:
         if gate.metric != UPDATE_OK or any(chance.by_max >= SURE for chance in gate.chances)
     )
     return (*step.warnings, *seen, *step.gates)
+
+
+def _rehearsal(rollout: Planned) -> str:
+    return f"The next release, were it as large as {rollout.after} and committed now, would go so:"
+
+
+def _devices(step: PlannedStep) -> str:
+    changed = step.was is not None and step.was != step.devices
+    return f"{step.was:,} → {step.devices:,}" if changed else f"{step.devices:,}"
 
 
 def _unheard(step: PlannedStep) -> str:

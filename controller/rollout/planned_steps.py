@@ -19,6 +19,7 @@ from controller.rollout.waves import Pinned, Wave
 from controller.rollout.world import Decision, Put, World
 
 PLANNED = "plan"  # id of the rollout that is not opened
+NOBODY_NEW = "no device is left for this step: the steps before it reach all that it asks for"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class PlannedStep:
     power: tuple[GatePower, ...] = ()  # which rise is seen, how surely, by when
     warnings: tuple[str, ...] = ()
     conclusive: bool = True  # are there enough devices for a verdict at all?
+    was: int | None = None  # devices, by the rules before an edit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,9 @@ def drawn_by_step(world: World, rollout: Rollout, pinned: Pinned, now: float) ->
             control=tuple(m for m in new if m.arm is Arm.CONTROL),
             returning=tuple(m for m in new if m.arm is Arm.RETURNING),
             size=len(exposed),
-            warnings=tuple(_warnings(inputs, decision.sentence if decision and nobody else "")),
+            warnings=tuple(_warnings(inputs, decision.sentence if decision and nobody else ""))
+            if exposed or nobody
+            else (NOBODY_NEW,),
             empty=nobody,
         )
 

@@ -20,6 +20,7 @@ from controller.cli.plan import _tree
 from controller.planner import Tree, against_fleet, documents_only
 from controller.rollout import plan_text
 from controller.rollout.plan import Effect, Plan, Planned
+from controller.rollout.planned_steps import NOBODY_NEW
 from controller.store.database import open_control
 from controller.store.tables import devices, members, releases, rollouts
 from device_agent.protocol import ComponentReport, HistoryEntry, State
@@ -251,15 +252,34 @@ def test_a_widened_step_changes_nothing_before_the_next_release(fleet: Fleet) ->
     fleet.pull_request("wide", "rollout.yaml", "percent: 10%", "percent: 50%")
     one = only(fleet.plan("wide"))
     assert one.effect is Effect.EDITED
-    assert one.differs == ("strategy.steps[1].percent",)
+    (edit,) = one.differs
+    assert str(edit) == "Rollout model-3-eu-autopilot: strategy.steps[1].percent: 10% → 50%"
     assert "next release" in one.sentence
+
+
+def test_a_widened_step_is_rehearsed_beside_what_it_was(fleet: Fleet) -> None:
+    fleet.pull_request("wide", "rollout.yaml", "percent: 10%", "percent: 50%")
+    plan = fleet.plan("wide")
+    one = only(plan)
+    assert [step.devices for step in one.steps] == [80, 40, 40, 160]
+    assert [step.was for step in one.steps] == [80, 20, 60, 160]
+    assert "20 → 40 devices" in plan_text.plain(plan)
+    assert "| 2 | early 50% | 20 → 40 |" in plan_text.markdown(plan)
+
+
+def test_another_way_to_write_the_same_changes_nothing(fleet: Fleet) -> None:
+    fleet.pull_request("same", "rollout.yaml", "soak: 24h, maxSoak: 72h}", "soak: 1d, maxSoak: 3d}")
+    assert only(fleet.plan("same")).effect is Effect.UNCHANGED
 
 
 def test_a_changed_gate_is_named(fleet: Fleet) -> None:
     fleet.pull_request("gate", "policy.yaml", "per_1000h: 40", "per_1000h: 80")
     one = only(fleet.plan("gate"))
     assert one.effect is Effect.EDITED
-    assert any("intervention" in field or "gates" in field for field in one.differs), one.differs
+    assert [str(each) for each in one.differs] == [
+        "HealthPolicy driving: gates[intervention].budget.per_1000h: 40 → 80"
+    ]
+    assert any("47 device hours" in line for step in one.steps for line in step.gates)
 
 
 def test_a_broken_reference_blocks_and_is_an_error(fleet: Fleet) -> None:
@@ -287,6 +307,9 @@ def test_a_revert_takes_devices_back_at_once(fleet: Fleet) -> None:
     one = only(fleet.plan("revert"))
     assert one.effect is Effect.OPENS
     assert one.returning == 50
+    assert "280 of 400 devices in 4 steps, 50 go back at once" in one.sentence
+    assert [step.devices for step in one.steps] == [70, 0, 70, 140]
+    assert one.steps[1].warnings == (NOBODY_NEW,)
 
 
 def test_a_held_digest_is_not_opened(fleet: Fleet) -> None:
