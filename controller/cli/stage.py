@@ -255,6 +255,7 @@ class Children:
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pid_file: Path | None = None
     died_at: float = 0.0  # monotonic: when one of them was last found gone
+    stopped_at: float = 0.0  # monotonic: when one of them was last found stopped (SIGSTOP)
     _gave_up: dict[str, list[float]] = field(default_factory=dict)
     _written: dict[str, int] = field(default_factory=dict)
 
@@ -283,6 +284,11 @@ class Children:
             self.start(name, *self.words[name])
         self._look()
 
+    def excused(self) -> float:
+        """Monotonic: when one of them was last found stopped; patience counts from then on."""
+        self.check()
+        return self.stopped_at
+
     def _gives_up(self, name: str) -> bool:
         now = time.monotonic()
         lately = [at for at in self._gave_up.get(name, []) if now - at < 60.0]
@@ -290,8 +296,10 @@ class Children:
         return len(lately) >= _GIVES_UP
 
     def _look(self) -> None:
-        """Notice who died since the last look, and name who runs now."""
+        """Notice who died since the last look and who is stopped, and name who runs now."""
         found = self.pids()
+        if any(_is_stopped(pid) for pid in found.values()):
+            self.stopped_at = time.monotonic()
         if found == self._written:
             return
         if not set(self._written.values()) <= set(found.values()):
@@ -333,6 +341,14 @@ class Children:
                 child.wait()
 
 
+def _is_stopped(pid: int) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False
+
+
 def _what(process: Any) -> str:
     """ingest, controller, api, mosquitto, or the number of a process that simulates devices."""
     role = process.environ().get("BELLWETHER_ROLE")
@@ -357,8 +373,10 @@ def free_port() -> int:
 class PublicApi:
     """Reads only."""
 
-    def __init__(self, server: str, waiting: Callable[[], None] = lambda: None) -> None:
-        """`waiting` is called while the server does not answer."""
+    def __init__(self, server: str, waiting: Callable[[], float] = lambda: 0.0) -> None:
+        """`waiting` is called while the server does not answer; it tells (monotonic) until when
+        there was a known reason for that, from which on patience counts.
+        """
         self.server = server
         self.waiting = waiting
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -387,7 +405,7 @@ class PublicApi:
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if time.monotonic() > until:
                     raise Failed(f"GET {path}: {error}") from None
-            self.waiting()
+            until = max(until, self.waiting() + _API_PATIENCE)
             time.sleep(0.3)
 
     def every(self, path: str) -> list[dict[str, Any]]:

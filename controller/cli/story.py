@@ -53,7 +53,7 @@ class Story:
         self.children = stage.Children(logs=self.root)
         port = stage.free_port()
         self.server = f"http://127.0.0.1:{port}"
-        self.api = stage.PublicApi(self.server, self.children.check)
+        self.api = stage.PublicApi(self.server, self.children.excused)
         self.repository = stage.Repository(self.root)
 
     # -- the whole of it --------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Story:
                 return done.stdout
             if time.monotonic() > until:
                 raise Failed(f"release publish {version}: {done.stderr.strip()}")
-            self.children.check()
+            until = max(until, self.children.excused() + _PUBLISH_PATIENCE)
             time.sleep(1.0)
 
     def _simulate(self, image: Path) -> Path:
@@ -354,9 +354,9 @@ class Story:
         return found
 
     def _waited(self, since: float) -> float:
-        """Seconds since then, or since one of our processes was killed: whoever was killed needs
-        its time to come back. But somebody who goes on killing does not make us wait for ever."""
-        now = time.monotonic()
+        """Seconds since then, or since one of our processes was killed or stood still: it needs its
+        time to come back. But somebody who goes on killing does not make us wait for ever."""
+        now, since = time.monotonic(), max(since, self.children.stopped_at)
         return max(now - max(since, self.children.died_at), (now - since) / _KILLED_FOR_EVER)
 
     def _act(
