@@ -77,18 +77,19 @@ def raw(kind: str, *others: int) -> dict[str, Any]:
     return {"response_model": None, "response_class": Response, "responses": shown}
 
 
-def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
+def install(app: FastAPI, routers: Iterable[APIRouter], *, local: bool) -> None:
+    """`local`: who asks from this machine needs no token, and the document says so."""
     rights = _rights(routers)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, rights)
+            app.openapi_schema = _document(app, rights, local)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI, rights: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+def _document(app: FastAPI, rights: Mapping[tuple[str, str], str], local: bool) -> dict[str, Any]:
     found = get_openapi(
         title="Bellwether",
         version="1",
@@ -113,7 +114,7 @@ def _document(app: FastAPI, rights: Mapping[tuple[str, str], str]) -> dict[str, 
     for path, item in found["paths"].items():
         for method, operation in item.items():
             _answers(path, method, operation)
-            operation["security"] = _security(path)
+            operation["security"] = _security(path, local)
             if right := rights.get((method, path)):
                 operation["x-right"] = right
     return found
@@ -138,11 +139,13 @@ def _asked(dependant: Dependant) -> Iterator[str]:
         yield from _asked(inner)
 
 
-def _security(path: str) -> list[dict[str, list[str]]]:
+def _security(path: str, local: bool) -> list[dict[str, list[str]]]:
+    """Any one of these is enough; `{}`: none is needed."""
     if path in OPEN:
         return []
     device = path.endswith("/desired") or path.startswith("/artifacts/")
-    return [{"token": []}, *([{"device": list[str]()}] if device else [])]
+    ways: list[dict[str, list[str]]] = [{}] if local else []
+    return [*ways, {"token": []}, *([{"device": list[str]()}] if device else [])]
 
 
 def _answers(path: str, method: str, operation: dict[str, Any]) -> None:

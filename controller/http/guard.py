@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from controller.http import methods
 from controller.http.problems import answer
 from telemetry import metrics
 
@@ -106,7 +107,8 @@ def _refuse(scope: Scope, limit: int) -> tuple[int, str] | None:
         # Only pages take forms, and they check the form's CSRF token.
         wanted = _JSON if path.startswith("/api/") else _FORM
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != wanted:
+        # Where nothing takes a POST, that is the fault to tell: the router does.
+        if kind != wanted and "POST" in methods.allowed(scope):
             return 415, f"send Content-Type: {wanted}"
     return None
 

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from controller.broker_admin import BrokerUnavailable
 from controller.commands import Refused
 from controller.devices import DeviceRefused
-from controller.http import bodies
+from controller.http import bodies, methods
 
 MEDIA_TYPE = "application/problem+json"
 log = structlog.get_logger()
@@ -155,9 +155,12 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _http(_: Request, error: Exception) -> JSONResponse:
+def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
-    return answer(error.status_code, str(error.detail), headers=error.headers)
+    headers = error.headers
+    if error.status_code == 405 and (takes := methods.allowed(request.scope)):
+        headers = {"Allow": ", ".join(sorted(takes))}
+    return answer(error.status_code, str(error.detail), headers=headers)
 
 
 def _broken(_: Request, error: Exception) -> JSONResponse:

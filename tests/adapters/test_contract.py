@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -71,3 +72,26 @@ def test_every_operation_documents_its_refusals(house: House) -> None:
             assert {"400", "429", "500", "503"} <= set(operation["responses"]), (method, path)
             if "{" in path:
                 assert "404" in operation["responses"], (method, path)
+
+
+def test_a_method_that_a_path_does_not_take_is_405_and_names_those_that_it_does(
+    house: House,
+) -> None:
+    document = house.client.get("/api/v1/openapi.json").json()
+    for path, item in document["paths"].items():
+        takes = {method.upper() for method in item}
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - takes:
+            url = path.replace("{digest}", "sha256:" + "0" * 64)
+            said = house.client.request(method, re.sub(r"{\w+}", "a", url))
+            if said.status_code == 404 and "}:" in path:
+                continue  # read as the name of something: `GET /rollouts/a:hold`
+            assert said.status_code == 405, (method, path, said.text)
+            assert set(said.headers["allow"].split(", ")) == takes, (method, path)
+
+
+def test_the_document_says_whether_a_token_is_needed(house: House) -> None:
+    for auth, needed in (("loopback", False), ("required", True)):
+        document = house.with_settings(auth=auth).get("/api/v1/openapi.json").json()
+        listed = document["paths"]["/api/v1/rollouts"]["get"]["security"]
+        assert ({} not in listed) is needed
+        assert {"token": []} in listed
