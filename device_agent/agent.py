@@ -10,8 +10,9 @@ Whoever owns the machine (`device_agent.machine.Runner`, or the simulator) does 
 call and at most `MAX_STEP` seconds each, so call `handle(Tick(), now)` about once a second.
 
 Events
-    Started(boot, machine)     first, once; `boot` is a fresh id (32 hex digits do) of this start,
-                               `machine` the machine's own boot, where it can be known
+    Started(boot, machine,     first, once; `boot` is a fresh id (32 hex digits do) of this start,
+            active)            `machine` the machine's own boot and `active` what its slots run
+                               (component → digest), where these can be known
     Connected / Disconnected   the MQTT session; subscribe to `agent.subscriptions` before Connected
     DesiredArrived(payload)    bytes of `…/desired`, from the broker or from the HTTPS fallback
     AckArrived(payload)        bytes of `…/ack`
@@ -150,6 +151,7 @@ class OutboxPort(Protocol):
 class Started:
     boot: str
     machine: str = ""  # "": unknown; then each start counts as one of the machine
+    active: Mapping[str, str] | None = None  # component → digest that its slots run now
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +271,8 @@ class Agent:
     def _work(self, event: Event, now: float, seconds: float) -> list[Effect]:
         passed = self._learn(Passed(seconds=seconds), now) if seconds else []
         match event:
-            case Started(boot=boot, machine=machine):
-                return self._start(boot, machine, now)
+            case Started():
+                return self._start(event, now)
             case Connected():
                 return passed + self._connect()
             case Disconnected():
@@ -289,9 +291,9 @@ class Agent:
                 return passed + self._learn(fact, now)
         return passed
 
-    def _start(self, boot: str, machine: str, now: float) -> list[Effect]:
-        self._boot = boot
-        record, effects = update.restart(self.record, self._world(now), machine)
+    def _start(self, event: Started, now: float) -> list[Effect]:
+        self._boot = event.boot
+        record, effects = update.restart(self.record, self._world(now), event.machine, event.active)
         self._keep(record)
         self._report()
         return list(effects)

@@ -78,6 +78,11 @@ class Disk:
         slots = {c: self.slots.active(c) for c in self.slots.components()}
         return {c: slot.path for c, slot in slots.items() if slot is not None}
 
+    def digests(self) -> dict[str, str]:
+        """component → the digest that runs."""
+        slots = {c: self.slots.active(c) for c in self.slots.components()}
+        return {c: slot.digest for c, slot in slots.items() if slot is not None}
+
     def cleanup(self, keep: tuple[str, ...]) -> None:
         """Drop cached artifacts that are neither running nor what we would fall back to."""
         if not self._cache.is_dir():

@@ -84,7 +84,7 @@ class Runner:
     def run(self) -> None:
         """Until `stop`; raises what the journal raises: then the supervisor starts us again."""
         self._worker.start()
-        self._handle(Started(boot=uuid.uuid4().hex, machine=boot_id()))
+        self._handle(Started(boot=uuid.uuid4().hex, machine=boot_id(), active=self._disk.digests()))
         agent = self.agent
         link = Link(self._identity, agent.will(), agent.subscriptions, self._events.put)
         self._link = link

@@ -331,7 +331,7 @@ class Device:
         self._working = self._loop.create_task(self._work())
         # The simulated machine boots when a script cuts its power, not when we are killed.
         machine = f"{self._crashes}.{boot_id()}" if boot_id() else ""
-        self._handle(Started(boot=uuid.uuid4().hex, machine=machine))
+        self._handle(Started(boot=uuid.uuid4().hex, machine=machine, active=self._disk.digests()))
 
     async def stop(self) -> None:
         """The orderly end; everything that matters is on the disk already."""

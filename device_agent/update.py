@@ -11,6 +11,7 @@ Rules, in order:
 2. Only components whose digest differs from what runs are touched: all of them together or none.
 3. A forward order starts INSTALLING only under a valid lease and true preconditions. A rollback
    waits for the safety predicates alone. Unknown facts are false; waiting is DEFERRED, no failure.
+   So does a switch that a power cut left half done: the machine that comes back may be moving.
 4. After the switch a trial begins: self-tests, the controller's echo of a nonce, a soak. All three:
    COMMITTED. Failed tests, too many boots: back to what ran before, and the digest is known bad.
    What a kill of the agent alone cut short, on a machine that went on, is done again, uncounted.
@@ -287,11 +288,14 @@ def learn(record: Record, fact: Fact, world: World) -> Step:
     return _on_trial(record, update, fact, world)
 
 
-def restart(record: Record, world: World, machine: str = "") -> Step:
+def restart(
+    record: Record, world: World, machine: str = "", active: Mapping[str, str] | None = None
+) -> Step:
     """The agent starts: after a power cut, after a crash, or for the first time.
 
     `machine` names the machine's boot, where it can be known. An agent that was killed on a machine
     that went on is no failed attempt at anything: what it was about is done again, uncounted.
+    `active`: component → the digest that its slots run now, where it can be known.
     """
     went_on = bool(machine) and machine == record.machine
     record = replace(record, boot_count=record.boot_count + 1, machine=machine)
@@ -310,7 +314,7 @@ def restart(record: Record, world: World, machine: str = "") -> Step:
         case State.INSTALLING | State.INSTALLED:
             return _install(record, update, world)
         case State.ACTIVATING:
-            return _activate(record, update, world)
+            return _switch_again(record, update, active, world)
         case State.TRIAL:
             return _reboot_in_trial(record, update, world)
         case State.COMMITTING:
@@ -401,9 +405,36 @@ def _install(record: Record, update: Update, world: World) -> Step:
 
 
 def _activate(record: Record, update: Update, world: World) -> Step:
-    blocked = _blockers(update, "activate", world) if update.state is not State.ACTIVATING else ()
+    blocked = _blockers(update, "activate", world)
     if blocked:
         return _defer(record, blocked, State.INSTALLED), ()
+    return _switch(record, update, world)
+
+
+def _switch_again(
+    record: Record, update: Update, active: Mapping[str, str] | None, world: World
+) -> Step:
+    """The start found a switch that was begun: it may be done, half done, or not done at all, and
+    what stood still then may be moving now."""
+    wanted = {c: update.order.components[c].digest for c in update.targets}
+    before = {c: b.digest if b is not None else None for c, b in update.back.items()}
+    runs = {c: active.get(c) for c in update.targets} if active is not None else None
+    if runs == wanted:
+        return _activated(record, update, world)
+    if runs == before:
+        return _activate(record, update, world)
+    return _switch_on(record, update, world)
+
+
+def _switch_on(record: Record, update: Update, world: World) -> Step:
+    """Half a switch is finished before any other order, as soon as that is safe."""
+    blocked = _unsafe(update.order, world)
+    if blocked:
+        return _change(record, blocked_by=blocked), ()
+    return _switch(record, update, world)
+
+
+def _switch(record: Record, update: Update, world: World) -> Step:
     if update.activations >= world.limits.backs:
         return _go_back(record, update, Reason.ACTIVATION_FAILED, "switching was cut short", world)
     record = _set(record, State.ACTIVATING, activations=update.activations + 1)
@@ -483,6 +514,8 @@ def _passed(record: Record, update: Update, seconds: float, world: World) -> Ste
     match update.state:
         case State.DEFERRED:
             return _reconsider(record, update, world)
+        case State.ACTIVATING if update.blocked_by:
+            return _switch_on(record, update, world)
         case State.ROLLING_BACK if update.blocked_by:
             return _switch_back(record, update, world)
         case State.TRIAL:
@@ -596,8 +629,7 @@ def _go_back(record: Record, update: Update, reason: Reason, log: str, world: Wo
 
 
 def _switch_back(record: Record, update: Update, world: World) -> Step:
-    wanted = [p for p in update.order.preconditions if _bare(p) in SAFETY]
-    blocked = tuple(_bare(p) for p in wanted if world.facts.get(_bare(p)) is not True)
+    blocked = _unsafe(update.order, world)
     if blocked:
         return _change(record, blocked_by=blocked), ()
     if update.backs >= world.limits.backs:
@@ -638,8 +670,7 @@ def _blockers(update: Update, phase: str, world: World) -> tuple[str, ...]:
     """Why this phase may not start now. `download:x` binds one phase, a bare `x` the later two."""
     order = update.order
     if order.kind is Kind.ROLLBACK:
-        names = [_bare(p) for p in order.preconditions if _bare(p) in SAFETY]
-        return tuple(n for n in names if phase == "activate" and world.facts.get(n) is not True)
+        return _unsafe(order, world) if phase == "activate" else ()
     blocked = [
         _bare(p)
         for p in order.preconditions
@@ -649,6 +680,12 @@ def _blockers(update: Update, phase: str, world: World) -> tuple[str, ...]:
     if phase != "activate" and not trust.lease_holds(order, world.now):
         blocked.insert(0, str(Reason.LEASE_EXPIRED))
     return tuple(dict.fromkeys(blocked))[:16]
+
+
+def _unsafe(order: Desired, world: World) -> tuple[str, ...]:
+    """The safety predicates of this order that are not known to be true."""
+    names = (_bare(p) for p in order.preconditions)
+    return tuple(n for n in names if n in SAFETY and world.facts.get(n) is not True)
 
 
 def _bare(precondition: str) -> str:

@@ -114,7 +114,7 @@ class Device:
         with self._points.by(self.name):
             try:
                 self._agent = Agent(self._identity, self.journal, self.outbox, SETTINGS)
-                self._take(agent.Started(boot=boot))
+                self._take(agent.Started(boot=boot, active=dict(self.disk.active)))
             except Killed:
                 self._crashed()
                 return

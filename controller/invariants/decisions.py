@@ -6,12 +6,14 @@ promise and is a note. The engine that recorded it stands in the decision.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from controller import engine
 from controller.facts import Finding, Look, Row
 from controller.rollout import replay
+from controller.rollout.standing import HEARTBEAT, HEARTBEATS
 
 MOST_REPLAYED = 5_000  # newest decisions that are judged again
 HEARD_GAP = 5.0  # seconds without a probe that still count as heard
@@ -24,6 +26,12 @@ def decisions(look: Look) -> Iterator[Finding]:
             yield from _replayed(row)
     yield from _widened(look, rows)
     yield from _deaf(look, rows)
+
+
+def _patience(rollout: Row) -> float:
+    """Seconds without contact after which its members count as silent."""
+    strategy = ((rollout["pinned"] or {}).get("rollout") or {}).get("strategy") or {}
+    return float(strategy.get("silent_after") or HEARTBEATS * HEARTBEAT)
 
 
 def of_other_engines(rows: Iterable[Row]) -> Iterator[str]:
@@ -124,9 +132,13 @@ def _deaf(look: Look, rows: Sequence[Row]) -> Iterator[Finding]:
                 what=f"decision {row['id']} ({row['verdict']}) was made while nothing was heard",
                 do="Look at the hearing clock: ingest or broker were away",
             )
+    patience = {row["id"]: _patience(row) for row in look.tables.rollouts}
+    last = {report.device: report.last_contact for report in look.tables.reports}
     for row in look.tables.members:
+        # Who was drawn while nothing is heard may have been silent before that began.
+        heard_at = last.get(row["device"], math.inf) + patience.get(row["rollout"], 0.0)
         if row["state"] == "silent" and any(
-            begin + slack < row["updated_at"] < end for begin, end in spans
+            begin + slack < row["updated_at"] < end and heard_at > begin for begin, end in spans
         ):
             yield Finding(
                 invariant="I14",

@@ -123,7 +123,7 @@ class Device:
         self.agent = Agent(IDENTITY, self.journal, self.outbox, Settings(limits=LIMITS))
 
     def power_on(self) -> None:
-        self.do(Started(boot=f"boot{self.boots}"))
+        self.do(Started(boot=f"boot{self.boots}", active=self.disk.digests()))
         self.do(Connected())
 
     def power_off(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from device_agent.protocol import ComponentOrder, ComponentReport, Desired, Kind, Reason, State
 from device_agent.update import (
+    Activate,
     Cancel,
     Done,
     Echoed,
@@ -15,6 +16,7 @@ from device_agent.update import (
     Install,
     Passed,
     Record,
+    RunSelfTests,
     SelfTestsDone,
     Step,
     SwitchBack,
@@ -195,6 +197,50 @@ def test_going_back_that_fails_three_times_is_stuck() -> None:
         record, effects = learn(record, failed, WORLD)
     assert (state(record).state, effects) == (State.STUCK, ())
     assert state(record).reason == Reason.SELF_TEST_FAILED
+
+
+PARKED, DRIVING = (World(now=NOW, facts={"parked": fact}) for fact in (True, False))
+
+
+def switching(**changes: Any) -> Record:
+    """The power is cut while the slots are switched."""
+    record, _ = obey(RUNNING, order(preconditions=("parked",), **changes), "h", PARKED)
+    record, _ = done(record, State.DOWNLOADING, PARKED)
+    record, effects = done(record, State.INSTALLING, PARKED)
+    assert isinstance(effects[0], Activate)
+    return record
+
+
+def test_a_switch_that_was_not_done_waits_again_for_a_car_that_drives_now() -> None:
+    record, effects = restart(switching(), DRIVING, active={"app": OLD})
+    assert (state(record).state, effects) == (State.DEFERRED, ())
+    assert state(record).blocked_by == ("parked",)
+    record, effects = obey(record, order(OLD, generation=3, attempt="next"), "i", DRIVING)
+    assert state(record).order.attempt == "next"  # nothing was switched: nothing is in its way
+
+
+def test_a_switch_that_was_done_goes_on_to_its_trial_wherever_the_car_is() -> None:
+    record, effects = restart(switching(), DRIVING, active={"app": NEW})
+    assert state(record).state is State.TRIAL
+    assert isinstance(effects[0], RunSelfTests)
+    assert record.running["app"].digest == NEW
+
+
+def test_half_a_switch_is_finished_first_and_not_while_the_car_drives() -> None:
+    two = {
+        name: ComponentOrder(release="r", digest=NEW, size=1, urls=("http://x/a",))
+        for name in ("app", "maps")
+    }
+    half = switching(components=two)
+    for active in ({"app": NEW}, None):
+        record, effects = restart(half, DRIVING, active=active)
+        assert (state(record).state, effects) == (State.ACTIVATING, ())
+        assert state(record).blocked_by == ("parked",)
+        record, effects = obey(record, order(OLD, generation=3, attempt="next"), "i", DRIVING)
+        assert (state(record).order.attempt, effects) == ("try", ())
+        record, effects = learn(record, Passed(seconds=1), PARKED)
+        assert isinstance(effects[0], Activate)
+        assert not state(record).blocked_by
 
 
 def test_the_way_back_waits_for_safety_and_not_for_wishes() -> None:

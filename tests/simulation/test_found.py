@@ -9,7 +9,7 @@ from bench.world import texts
 from bench.world.databases import Databases
 from bench.world.device import Nature
 from bench.world.world import World
-from controller.store.tables import decisions, holds
+from controller.store.tables import decisions, holds, members
 from device_agent.protocol import Desired, Kind, open_envelope
 from telemetry.store.database import reading
 
@@ -272,3 +272,18 @@ def test_a_command_does_not_undo_what_its_rollout_did_in_the_same_round(world: W
     with reading(world.databases.control) as conn:
         kinds = list(conn.execute(select(decisions.c.kind).order_by(decisions.c.id)).scalars())
     assert kinds.count("draw") == 1, kinds
+
+
+def test_who_was_silent_before_nothing_was_heard_may_be_drawn_as_that(world: World) -> None:
+    """A control that is dead for long, of a rollout that opens while the broker is away."""
+    for name in ("car-4", "car-5"):
+        world.devices[name].die()
+    world.run(60)
+    world.broker_away(60.0)
+    world.run(15)
+    publish(world, "2")
+    world.run(20)
+    assert world.check() == []
+    with reading(world.databases.control) as conn:
+        drawn = conn.execute(select(members).where(members.c.arm == "control")).all()
+    assert {row.state for row in drawn} == {"silent"}
