@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from device_agent.protocol import Desired, Signature, canonical, sealed, to_wire
+from device_agent.codec import to_wire
+from device_agent.protocol import Desired, Signature, canonical, sealed
 
 
 class DirectorKey:

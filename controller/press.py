@@ -15,7 +15,8 @@ from controller.orders import Issuer
 from controller.rollout.desired import Catalog, Target
 from controller.rollout.model import Device, Order, Told
 from controller.rollout.recovery import MOST
-from device_agent.protocol import ComponentOrder, Desired, Kind, canonical, timestamp, to_wire
+from device_agent.codec import to_wire
+from device_agent.protocol import ComponentOrder, Desired, Kind, canonical, timestamp
 from telemetry.report import DeviceRow
 
 

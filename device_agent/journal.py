@@ -10,7 +10,7 @@ import json
 import sqlite3
 from pathlib import Path
 
-from device_agent.protocol import from_wire, to_wire
+from device_agent.codec import from_wire, to_wire
 from device_agent.update import Record
 
 

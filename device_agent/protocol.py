@@ -1,7 +1,8 @@
 """The wire contract between devices and the server: topics, messages, canonical signed bytes.
 
-This file decides what a well-formed message is. It does no I/O and imports the standard library
-only, so that the agent, the ingest and a stranger's implementation can all hold on to it.
+This file decides what a well-formed message is; how dataclasses become JSON values and come back is
+`device_agent.codec`'s. Both do no I/O and import the standard library only, so that the agent, the
+ingest and a stranger's implementation can all hold on to them.
 
 Rules, in order:
 
@@ -16,16 +17,18 @@ Rules, in order:
 from __future__ import annotations
 
 import json
-import math
 import re
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cache
 from typing import Any, TypeVar
+
+from device_agent.codec import MAX_SAFE_INTEGER as MAX_SAFE_INTEGER
+from device_agent.codec import MAX_TEXT as MAX_TEXT
+from device_agent.codec import ProtocolError as ProtocolError
+from device_agent.codec import camel as camel
+from device_agent.codec import finite, from_wire, to_wire
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -34,8 +37,6 @@ MAX_SAMPLES = 60  # samples in one health message
 MAX_METRICS = 64  # columns, counters or exposures in one message, each
 MAX_COMPONENTS = 32
 MAX_HISTORY = 32
-MAX_TEXT = 2048  # characters of any string: a log tail, an URL
-MAX_SAFE_INTEGER = 2**53 - 1  # what every JSON implementation can hold exactly
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -49,15 +50,6 @@ _TOPIC = re.compile(rf"bw/v1/({ID.pattern})/(desired|reported|health|ack|presenc
 _sorted = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 )
-
-
-class ProtocolError(ValueError):
-    """A message that may not be believed. `reason` is a short code to count it by."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 class Channel(StrEnum):
@@ -344,7 +336,7 @@ def check(message: object) -> None:
         _check_ack(message)
     elif isinstance(message, Presence):
         _natural("bootCount", message.boot_count)
-        _finite("sleepingUntil", message.sleeping_until)
+        finite("sleepingUntil", message.sleeping_until)
 
 
 def timestamp(moment: datetime) -> str:
@@ -363,118 +355,6 @@ def parse_timestamp(text: str) -> datetime:
     return moment.astimezone(UTC)
 
 
-# -- dataclasses ⇄ wire ---------------------------------------------------------------------------
-
-
-def to_wire(value: Any) -> Any:
-    """Dataclasses → dicts with camelCase names; fields that are None are left out."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        pairs = ((wire, getattr(value, name)) for name, wire in _names_of(type(value)))
-        return {wire: to_wire(item) for wire, item in pairs if item is not None}
-    if isinstance(value, dict):
-        return {key: to_wire(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_wire(item) for item in value]
-    if isinstance(value, StrEnum):
-        return value.value
-    return value
-
-
-@cache
-def _names_of(cls: Any) -> tuple[tuple[str, str], ...]:
-    """(field, its name on the wire) of a dataclass."""
-    return tuple((f.name, camel(f.name)) for f in fields(cls))
-
-
-def from_wire(cls: type[M], data: Any, where: str = "") -> M:
-    """Parsed JSON → dataclass by its annotations; raises ProtocolError("malformed")."""
-    if not isinstance(data, dict):
-        raise ProtocolError("malformed", f"{where or cls.__name__}: an object is expected")
-    values: dict[str, Any] = {}
-    for name, wire, hint, required in _plan(typing.cast(typing.Hashable, cls)):
-        if wire in data:
-            values[name] = _value(hint, data[wire], f"{where}.{wire}" if where else wire)
-        elif required:
-            raise ProtocolError("malformed", f"{where}.{wire}: missing".lstrip("."))
-    return cls(**values)
-
-
-def camel(name: str) -> str:
-    head, *rest = name.split("_")
-    return head + "".join(part.capitalize() for part in rest)
-
-
-@cache
-def _plan(cls: Any) -> tuple[tuple[str, str, Any, bool], ...]:
-    hints = typing.get_type_hints(cls)
-    return tuple(
-        (
-            f.name,
-            camel(f.name),
-            hints[f.name],
-            f.default is MISSING and f.default_factory is MISSING,
-        )
-        for f in fields(cls)
-    )
-
-
-def _value(hint: Any, data: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        if data is None:
-            return None  # every union on this wire is `T | None`
-        (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
-        return _value(hint, data, where)
-    if origin is dict:
-        if not isinstance(data, dict):
-            raise ProtocolError("malformed", f"{where}: an object is expected")
-        item = typing.get_args(hint)[1]
-        return {key: _value(item, entry, f"{where}.{key[:64]}") for key, entry in data.items()}
-    if origin is tuple:
-        return _array(typing.get_args(hint), data, where)
-    if is_dataclass(hint):
-        return from_wire(typing.cast(type, hint), data, where)
-    return _scalar(hint, data, where)
-
-
-def _array(args: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(data, list):
-        raise ProtocolError("malformed", f"{where}: an array is expected")
-    if args[-1] is Ellipsis:
-        return tuple(_value(args[0], entry, f"{where}[{i}]") for i, entry in enumerate(data))
-    if len(data) != len(args):
-        raise ProtocolError("malformed", f"{where}: {len(args)} values are expected")
-    return tuple(
-        _value(arg, entry, f"{where}[{i}]")
-        for i, (arg, entry) in enumerate(zip(args, data, strict=True))
-    )
-
-
-def _scalar(hint: Any, data: Any, where: str) -> Any:
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        try:
-            return hint(data)
-        except ValueError:
-            raise ProtocolError("malformed", f"{where}: {str(data)[:40]!r} is unknown") from None
-    if hint is float and isinstance(data, int | float) and not isinstance(data, bool):
-        try:
-            number = float(data)
-        except OverflowError:
-            raise ProtocolError("not_finite", f"{where}: too large") from None
-        return _finite(where, number)
-    if hint is int and isinstance(data, int) and not isinstance(data, bool):
-        if abs(data) > MAX_SAFE_INTEGER:
-            raise ProtocolError("malformed", f"{where}: beyond ±(2^53 − 1)")
-        return data
-    if hint in (str, bool) and isinstance(data, hint):
-        if hint is str and len(data) > MAX_TEXT:
-            raise ProtocolError("malformed", f"{where}: longer than {MAX_TEXT} characters")
-        return data
-    raise ProtocolError("malformed", f"{where}: {hint.__name__} is expected")
-
-
 # -- bounds ---------------------------------------------------------------------------------------
 
 
@@ -489,10 +369,10 @@ def _check_health(message: Health) -> None:
     for name, count in message.counters.items():
         _natural(f"counters.{name}", count)
     for name, amount in message.exposure.items():
-        if _finite(f"exposure.{name}", amount) < 0:
+        if finite(f"exposure.{name}", amount) < 0:
             raise ProtocolError("malformed", f"exposure.{name}: below zero")
-    _finite("t0", message.t0)
-    if not 0 < _finite("dt", message.dt) <= 86_400 * 31:
+    finite("t0", message.t0)
+    if not 0 < finite("dt", message.dt) <= 86_400 * 31:
         raise ProtocolError("malformed", "dt: above 0 s and at most 31 days")
     _natural("dropped", message.dropped)
 
@@ -513,7 +393,7 @@ def _check_columns(columns: Mapping[str, tuple[float | None, ...]]) -> None:
         raise ProtocolError("malformed", f"columns: 1 to {MAX_SAMPLES} samples are expected")
     for column in columns.values():
         for sample in column:
-            _finite("columns", sample)
+            finite("columns", sample)
 
 
 def _check_reported(message: Reported) -> None:
@@ -526,7 +406,7 @@ def _check_reported(message: Reported) -> None:
     if len(message.blocked_by) > 16:
         raise ProtocolError("malformed", "blockedBy: more than 16 entries")
     for entry in message.history:
-        _finite("history.at", entry.at)
+        finite("history.at", entry.at)
         _bounded("history.release", entry.release, 64)
         _digest("history", entry.digest)
     for blocker in message.blocked_by:
@@ -585,12 +465,6 @@ def _bounded(where: str, text: str, longest: int) -> None:
 def _natural(where: str, number: int) -> None:
     if not 0 <= number <= MAX_SAFE_INTEGER:
         raise ProtocolError("malformed", f"{where}: 0 to 2^53 − 1")
-
-
-def _finite(where: str, number: float | None) -> float:
-    if number is not None and not math.isfinite(number):
-        raise ProtocolError("not_finite", where)
-    return 0.0 if number is None else number
 
 
 def _check_depth(text: str) -> None:

@@ -16,6 +16,7 @@ DECIDES = sorted(
     for pattern in (
         "controller/manifests/*.py",
         "controller/rollout/*.py",
+        "device_agent/codec.py",
         "device_agent/protocol.py",
         "device_agent/trust.py",
         "device_agent/update.py",

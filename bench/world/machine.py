@@ -13,8 +13,9 @@ from typing import Any
 
 from bench.world.points import Points
 from device_agent import update
+from device_agent.codec import from_wire, to_wire
 from device_agent.outbox import Waiting
-from device_agent.protocol import Channel, Reason, State, from_wire, to_wire
+from device_agent.protocol import Channel, Reason, State
 from device_agent.update import Item, Record
 
 

@@ -21,7 +21,7 @@ from controller.rollout.cohort import Candidate, assign
 from controller.rollout.model import Device
 from controller.rollout.waves import Pinned
 from controller.store import views
-from device_agent.protocol import to_wire
+from device_agent.codec import to_wire
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import Explanation, Scores, bands, score
 from telemetry.score_days import ScoreDays
