@@ -37,6 +37,7 @@ from controller.store.lease import Fenced
 from controller.store.tables import devices, holds, releases
 from telemetry import metrics
 from telemetry.store.database import reading, writing
+from telemetry.store.prepared import Prepared
 
 log = structlog.get_logger()
 
@@ -69,10 +70,11 @@ class Basis:
     signers: Signers | None
 
 
-_LABELS = select(devices.c.id, devices.c.labels)
-_NEWEST = select(func.max(devices.c.change))
-_DIGESTS = select(releases.c.name, releases.c.digest).order_by(releases.c.name)
-_RECORDED = (
+# What every look at Git asks.
+_LABELS = Prepared(select(devices.c.id, devices.c.labels))
+_NEWEST = Prepared(select(func.max(devices.c.change)))
+_DIGESTS = Prepared(select(releases.c.name, releases.c.digest).order_by(releases.c.name))
+_RECORDED = Prepared(
     select(holds.c.id, holds.c.release)
     .where(holds.c.commit.is_not(None), holds.c.lifted_at.is_(None))
     .order_by(holds.c.id)
@@ -195,7 +197,7 @@ class GitWatch:
 
     def _head(self, commit: str, author: str, basis: Basis) -> tuple[Head, list[Problem]]:
         with reading(self._engine) as conn:
-            registry = {row.id: row.labels for row in conn.execute(_LABELS)}
+            registry = {row.id: row.labels for row in _LABELS.all(conn)}
         self._reading = read(self._repo.read(commit), self._reading)
         self._basis = basis
         known = dict(basis.releases)
@@ -207,9 +209,9 @@ class GitWatch:
     def _look(self) -> Basis:
         with reading(self._engine) as conn:
             return Basis(
-                registry=conn.execute(_NEWEST).scalar_one(),
-                releases=tuple((row.name, row.digest) for row in conn.execute(_DIGESTS)),
-                recorded=tuple((row.id, row.release) for row in conn.execute(_RECORDED)),
+                registry=_NEWEST.one(conn)[0],
+                releases=tuple((row.name, row.digest) for row in _DIGESTS.all(conn)),
+                recorded=tuple((row.id, row.release) for row in _RECORDED.all(conn)),
                 signers=self._signers(),
             )
 

@@ -21,11 +21,12 @@ from controller.store.lease import fence
 from controller.store.rollouts import get_meta, put_meta
 from controller.store.tables import holds
 from telemetry.store.database import reading, writing
+from telemetry.store.prepared import Prepared
 
 log = structlog.get_logger()
 
 
-_PENDING = (
+_PENDING = Prepared(  # every look at Git asks
     select(holds)
     .where(holds.c.commit.is_(None) | (holds.c.lift.is_not(None) & holds.c.lift_commit.is_(None)))
     .order_by(holds.c.id)
@@ -58,11 +59,11 @@ class Recorder:
         """path → text of every hold and lift that Git does not have yet."""
         files: dict[str, str] = {}
         with reading(self._engine) as conn:
-            for row in conn.execute(_PENDING):
+            for row in _PENDING.all(conn):
                 if row.commit is None:
-                    files[f"holds/{row.id}.yaml"] = hold_text(row._mapping)
+                    files[f"holds/{row.id}.yaml"] = hold_text(row._asdict())
                 if row.lift is not None and row.lift_commit is None:
-                    files[f"holds/{row.lift}.yaml"] = lift_text(row._mapping)
+                    files[f"holds/{row.lift}.yaml"] = lift_text(row._asdict())
         return files
 
     def run_once(self, now: float) -> bool:

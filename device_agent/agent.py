@@ -367,6 +367,8 @@ class Agent:
     def _step(self, step: update.Step) -> list[Effect]:
         record, effects = step
         before = self.record
+        if record is before:  # as nearly always: time passed, and nothing came of it
+            return list(effects)
         if _durable(record) != _durable(before):
             self._keep(record)
         self.record = record

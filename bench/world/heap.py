@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 Deed = Callable[[], None]
-
-
-@dataclass(order=True, slots=True)
-class _Entry:
-    at: float
-    order: int
-    deed: Deed = field(compare=False)
 
 
 class Heap:
     def __init__(self, start: float) -> None:
         self.now = start
-        self._entries: list[_Entry] = []
+        self._entries: list[tuple[float, int, Deed]] = []  # (when, which asked, what)
         self._asked = 0
 
     def at(self, when: float, deed: Deed) -> None:
         """Do it then; what lies in the past is done next."""
         self._asked += 1
-        heapq.heappush(self._entries, _Entry(max(when, self.now), self._asked, deed))
+        heapq.heappush(self._entries, (max(when, self.now), self._asked, deed))
 
     def after(self, seconds: float, deed: Deed) -> None:
         self.at(self.now + seconds, deed)
@@ -36,8 +28,8 @@ class Heap:
 
     def run(self, until: float) -> None:
         """Everything up to and including `until`; the clock stands there afterwards."""
-        while self._entries and self._entries[0].at <= until:
-            entry = heapq.heappop(self._entries)
-            self.now = max(self.now, entry.at)
-            entry.deed()
+        while self._entries and self._entries[0][0] <= until:
+            at, _, deed = heapq.heappop(self._entries)
+            self.now = max(self.now, at)
+            deed()
         self.now = max(self.now, until)

@@ -20,9 +20,13 @@ from bench.world.world import World
 from controller.facts import Finding
 from controller.store.tables import desired, rollouts
 from telemetry.store.database import reading
+from telemetry.store.prepared import Prepared
 
 QUIET = 4.8  # seconds between looks whether all is settled
 PATIENCE = 30  # looks: devices have 90 s to come back after an outage of ours
+
+_WAITING = Prepared(select(func.count()).where(desired.c.published.is_(False)))
+_STATES = Prepared(select(rollouts.c.id, rollouts.c.state, rollouts.c.step))
 
 Plant = Callable[[World], None]
 
@@ -126,10 +130,8 @@ def _settle(world: World) -> None:
 
 def _state(world: World) -> str:
     with reading(world.databases.control) as conn:
-        waiting = conn.execute(
-            select(func.count()).where(desired.c.published.is_(False))
-        ).scalar_one()
-        states = conn.execute(select(rollouts.c.id, rollouts.c.state, rollouts.c.step)).all()
+        waiting = _WAITING.one(conn)[0]
+        states = _STATES.all(conn)
     idle = all(d.settled for d in world.devices.values() if d.in_service)
     idle = idle and all(row.state != "RollingBack" for row in states)
     return f"{states} {waiting} {'idle' if idle else 'busy'}"

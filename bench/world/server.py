@@ -32,10 +32,12 @@ from controller.store.lease import writing_as
 from controller.store.tables import devices, holds
 from telemetry.ingest import PROBE_TOPIC, Ingest
 from telemetry.store.database import reading, writing
+from telemetry.store.prepared import Prepared
 
 KEY = DirectorKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 LEASE = timedelta(hours=1)
 MOST = 2_000  # messages in one ingest batch
+_ROSTER = Prepared(select(devices.c.id, devices.c.status))
 
 
 class Process:
@@ -204,8 +206,7 @@ class IngestProcess:
 
     def _registry_now(self) -> Mapping[str, str]:
         with reading(self._databases.control) as conn:
-            rows = conn.execute(select(devices.c.id, devices.c.status))
-            known = {row.id: row.status for row in rows}
+            known = {row.id: row.status for row in _ROSTER.all(conn)}
         self._roster = (self._heap.now, known)
         return known
 

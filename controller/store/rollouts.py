@@ -91,11 +91,11 @@ _WAITING = Prepared(_ALL_WAITING)
 _WAITING_BACK = Prepared(_ALL_WAITING.where(desired.c.kind != "install"))
 _ANY_WAITS = Prepared(select(desired.c.device).where(desired.c.published.is_(False)).limit(1))
 # What a decision writes, put together once too.
-_NEW_META = insert(meta)
+_NEW_META = Prepared(insert(meta))
 _SET_META = Prepared(
     update(meta).where(meta.c.key == bindparam("named")).values(value=bindparam("new"))
 )
-_NEW_ROLLOUT, _NEW_LOOK = insert(rollouts), insert(looks)
+_NEW_ROLLOUT, _NEW_LOOK = Prepared(insert(rollouts)), Prepared(insert(looks))
 _NEW_DECISION = Prepared(insert(decisions))
 _AS_OPENED = frozenset(
     {"id", "name", "fleet", "release", "digest", "artifacts", "opened_at", "seed", "pinned"}
@@ -127,10 +127,10 @@ _SENT = (
     .where(desired.c.device == bindparam("d"), desired.c.generation == bindparam("g"))
     .values(published=True)
 )
-_LOOKED = select(looks.c.at).where(
-    looks.c.rollout == bindparam("named"), looks.c.at == bindparam("then")
+_LOOKED = Prepared(
+    select(looks.c.at).where(looks.c.rollout == bindparam("named"), looks.c.at == bindparam("then"))
 )
-_PROVEN, _NEW_RELEASE = Prepared(insert(proven)), insert(releases)
+_PROVEN, _NEW_RELEASE = Prepared(insert(proven)), Prepared(insert(releases))
 _UNPROVEN = Prepared(
     delete(proven).where(
         proven.c.fleet == bindparam("f"),
@@ -138,7 +138,13 @@ _UNPROVEN = Prepared(
         proven.c.hardware == bindparam("h"),
     )
 )
-_KNOWN_RELEASE = select(releases.c.name).where(releases.c.name == bindparam("named"))
+_KNOWN_RELEASE = Prepared(select(releases.c.name).where(releases.c.name == bindparam("named")))
+_SAID_AGAIN = ("digest", "document", "commit")
+_SET_RELEASE = Prepared(
+    update(releases)
+    .where(releases.c.name == bindparam("named"))
+    .values({name: bindparam(f"new_{name}") for name in _SAID_AGAIN})
+)
 _ALL_UNSENT = Prepared(update(desired).values(published=False))
 _UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
 
@@ -150,7 +156,7 @@ def get_meta(conn: Connection, key: str, default: Any = None) -> Any:
 
 def put_meta(conn: Connection, key: str, value: Any) -> None:
     if not _SET_META.run(conn, named=key, new=value):
-        conn.execute(_NEW_META, {"key": key, "value": value})
+        _NEW_META.run(conn, key=key, value=value)
 
 
 def delete_meta(conn: Connection, key: str) -> None:
@@ -325,7 +331,7 @@ def unpublished(
 
 
 def insert_rollout(conn: Connection, rollout: Rollout) -> None:
-    conn.execute(_NEW_ROLLOUT, _values(rollout))
+    _NEW_ROLLOUT.run(conn, **_values(rollout))
 
 
 def update_rollout(conn: Connection, before: Rollout, after: Rollout) -> None:
@@ -363,8 +369,8 @@ def _count_members(
 
 def insert_look(conn: Connection, rollout: str, at: float, numbers: Mapping[str, Any]) -> None:
     """What the evidence said; a second one of the same instant replaces nothing."""
-    if conn.execute(_LOOKED, {"named": rollout, "then": at}).first() is None:
-        conn.execute(_NEW_LOOK, {"rollout": rollout, "at": at, "numbers": dict(numbers)})
+    if _LOOKED.first(conn, named=rollout, then=at) is None:
+        _NEW_LOOK.run(conn, rollout=rollout, at=at, numbers=dict(numbers))
 
 
 def insert_decision(conn: Connection, values: Mapping[str, Any]) -> None:
@@ -389,11 +395,10 @@ def prove(
 
 
 def put_release(conn: Connection, name: str, values: Mapping[str, Any]) -> None:
-    if conn.execute(_KNOWN_RELEASE, {"named": name}).first() is None:
-        conn.execute(_NEW_RELEASE, {"name": name, **values})
+    if _KNOWN_RELEASE.first(conn, named=name) is None:
+        _NEW_RELEASE.run(conn, name=name, **values)
     else:
-        changed = {k: v for k, v in values.items() if k in ("digest", "document", "commit")}
-        conn.execute(update(releases).where(releases.c.name == name).values(**changed))
+        _SET_RELEASE.run(conn, named=name, **{f"new_{k}": values[k] for k in _SAID_AGAIN})
 
 
 def put_orders(conn: Connection, rows: Sequence[Mapping[str, Any]]) -> None:

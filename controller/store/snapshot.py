@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from sqlalchemy import Engine, Table, select
+from sqlalchemy import Engine, select
 
 from controller.facts import Counted, Tables
 from controller.store import lease, tables
 from telemetry.store import tables as telemetry
 from telemetry.store.database import reading
+from telemetry.store.prepared import Prepared
 from telemetry.store.reports import Store
 from telemetry.store.rollups import Kind
 from telemetry.store.seen import unpack
@@ -28,28 +29,30 @@ _CONTROL = (
     "audit",
     "proven",
 )
+_ROWS = {name: Prepared(select(getattr(tables, name))) for name in _CONTROL}
+_COUNTED = Prepared(
+    select(telemetry.health.c.device, telemetry.health.c.boot, telemetry.health.c.seq)
+)
+_BOOTS, _STATE = Prepared(select(telemetry.boots)), Prepared(select(telemetry.state.c.hearing_at))
 
 
 def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Tables:
     """All rows; `sums` compares raw messages with rollups, where no retention has run yet."""
     with reading(control) as conn:
-        rows: dict[str, Any] = {}
-        for name in _CONTROL:
-            table: Table = getattr(tables, name)
-            rows[name] = [dict(row._mapping) for row in conn.execute(select(table))]
+        rows: dict[str, Any] = {
+            name: [row._asdict() for row in query.all(conn)] for name, query in _ROWS.items()
+        }
         term = lease.look(conn).term
     if reports is None:
         return Tables(term=term, **rows)
     devices = reports.devices_changed(0)
     with reading(reports.engine) as conn:
-        health = telemetry.health
-        columns = (health.c.device, health.c.boot, health.c.seq)
-        counted = [(row[0], row[1], int(row[2])) for row in conn.execute(select(*columns))]
+        counted = [(row[0], row[1], int(row[2])) for row in _COUNTED.all(conn)]
         boots = {
             (row.device, row.boot): Counted(int(row.high), unpack(bytes(row.missing)))
-            for row in conn.execute(select(telemetry.boots))
+            for row in _BOOTS.all(conn)
         }
-        heard = conn.execute(select(telemetry.state.c.hearing_at)).scalar_one_or_none()
+        heard = _STATE.first(conn)
     return Tables(
         term=term,
         **rows,
@@ -57,7 +60,7 @@ def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Table
         health=counted,
         boots=boots,
         sums=_sums(reports) if sums else (),
-        hearing_at=None if heard is None else float(heard),
+        hearing_at=None if heard is None else float(heard[0]),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from sqlalchemy import Connection, Executable
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, NoResultFound
 
 Convert = Callable[[Any], Any]
 
@@ -29,10 +29,22 @@ class Prepared:
         plan.learn(cursor, connection)
         return [plan.row(row) for row in cursor.fetchall()]
 
+    def plain(self, connection: Connection, **values: Any) -> list[tuple[Any, ...]]:
+        """All rows as the driver answers them: nothing in them is converted."""
+        cursor = self._plan(connection, values).execute(connection, values)
+        return cast(list[tuple[Any, ...]], cursor.fetchall())
+
     def first(self, connection: Connection, **values: Any) -> Any:
         """The first row, or None."""
         rows = self.all(connection, **values)
         return rows[0] if rows else None
+
+    def one(self, connection: Connection, **values: Any) -> Any:
+        """The only row; raises NoResultFound where there is none."""
+        rows = self.all(connection, **values)
+        if not rows:
+            raise NoResultFound("No row was found when one was required")
+        return rows[0]
 
     def run(self, connection: Connection, **values: Any) -> int:
         """Execute what answers no rows; how many it changed."""

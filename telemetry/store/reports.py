@@ -13,7 +13,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -101,18 +101,28 @@ def _messages() -> Select[Any]:
 
 _CONTACTS, _HEALTH = tables.contacts.c, tables.health
 _STATE = Prepared(select(tables.state))
-_DEVICE = _devices().where(_CONTACTS.device == bindparam("device"))
-_CHANGED = (
+_DEVICE = Prepared(_devices().where(_CONTACTS.device == bindparam("device")))
+_ALL_CHANGED = (
     _devices()
     .where(_CONTACTS.change > bindparam("since"))
     .order_by(_CONTACTS.change, _CONTACTS.device)
 )
-_CHANGED_PAGE = _CHANGED.where(
-    _CONTACTS.change <= func.coalesce(_end_of_page().scalar_subquery(), _END)
+_CHANGED = Prepared(_ALL_CHANGED)
+_CHANGED_PAGE = Prepared(
+    _ALL_CHANGED.where(_CONTACTS.change <= func.coalesce(_end_of_page().scalar_subquery(), _END))
 )
 _IN_ORDER = _messages().order_by(_HEALTH.c.batch, _HEALTH.c.place)
-_HEALTH_SINCE = _IN_ORDER.where(_HEALTH.c.batch > bindparam("since")).limit(bindparam("most"))
-_HEALTH_OF = _IN_ORDER.where(_HEALTH.c.batch == bindparam("batch"))
+_HEALTH_SINCE = Prepared(
+    _IN_ORDER.where(_HEALTH.c.batch > bindparam("since")).limit(bindparam("most"))
+)
+_ROLLUPS = tables.rollups.c
+_SERIES = (_ROLLUPS.device, _ROLLUPS.kind, _ROLLUPS.name)
+_SUMS = Prepared(
+    select(*_SERIES, func.sum(_ROLLUPS.n), func.sum(_ROLLUPS.total))
+    .where(_ROLLUPS.hour >= bindparam("first"), _ROLLUPS.hour < bindparam("end"))
+    .group_by(*_SERIES)
+)
+_HEALTH_OF = Prepared(_IN_ORDER.where(_HEALTH.c.batch == bindparam("batch")))
 
 
 class Unstorable(Exception):
@@ -165,52 +175,41 @@ class Store:
 
     def watermark(self) -> int:
         with reading(self._engine) as connection:
-            return int(_STATE.first(connection).batch)
+            return int(_STATE.one(connection).batch)
 
     def hearing(self) -> tuple[float, float]:
         with reading(self._engine) as connection:
-            row = _STATE.first(connection)
+            row = _STATE.one(connection)
         return float(row.hearing), float(row.hearing_at)
 
     def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:
         query = _CHANGED if limit is None else _CHANGED_PAGE
         page = {} if limit is None else {"offset": limit - 1}
         with reading(self._engine) as connection:
-            rows = _plain(connection, query, since=since, **page)
+            rows = query.plain(connection, since=since, **page)
         return [_device_row(row) for row in rows]
 
     def device(self, device: str) -> DeviceRow | None:
         with reading(self._engine) as connection:
-            rows = _plain(connection, _DEVICE, device=device)
+            rows = _DEVICE.plain(connection, device=device)
         return _device_row(rows[0]) if rows else None
 
     def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
         with reading(self._engine) as connection:
-            rows = _plain(connection, _HEALTH_SINCE, since=batch, most=limit + 1)
+            rows = _HEALTH_SINCE.plain(connection, since=batch, most=limit + 1)
             if len(rows) > limit:
                 last = rows[-1][0]  # perhaps cut in two: give it whole, or next time
                 if rows[0][0] == last:
-                    rows = _plain(connection, _HEALTH_OF, batch=last)
+                    rows = _HEALTH_OF.plain(connection, batch=last)
                 else:
                     rows = [row for row in rows if row[0] < last]
         return [_health_row(row) for row in rows]
 
     def totals(self, *, since: float, until: float) -> Totals:
         """Sums over the hours that begin in [since's hour, until)."""
-        table = tables.rollups
-        query = (
-            select(
-                table.c.device,
-                table.c.kind,
-                table.c.name,
-                func.sum(table.c.n),
-                func.sum(table.c.total),
-            )
-            .where(table.c.hour >= int(since // HOUR), table.c.hour < -int(-until // HOUR))
-            .group_by(table.c.device, table.c.kind, table.c.name)
-        )
+        hours = {"first": int(since // HOUR), "end": -int(-until // HOUR)}
         with reading(self._engine) as connection:
-            rows = _plain(connection, query)
+            rows = _SUMS.plain(connection, **hours)
         return _totals(rows)
 
     def refusals(self) -> dict[str, int]:
@@ -231,12 +230,6 @@ def _save(
     bulk.upsert(connection, tables.rollups, rollup_rows(changes), added=sums)
     counts = [(reason, n, now) for reason, n in sorted(refused(changes, batch).items())]
     bulk.upsert(connection, tables.refusals, counts, added=("n",))
-
-
-def _plain(connection: Connection, query: Select[Any], **asked: Any) -> list[tuple[Any, ...]]:
-    """The driver's own rows: SQLAlchemy's cost more than the query."""
-    cursor: Any = connection.execute(query, asked).cursor
-    return cast(list[tuple[Any, ...]], cursor.fetchall())
 
 
 def _device_row(row: tuple[Any, ...]) -> DeviceRow:

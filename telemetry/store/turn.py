@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, bindparam, update
 
 from telemetry.store import tables
+from telemetry.store.prepared import Prepared
 
 HEARING_GAP = 5.0  # seconds between two probes that still count as heard without a break
 
@@ -24,18 +25,20 @@ class Turn:
 
 def take(connection: Connection, *, probe: bool, now: float) -> Turn:
     """The next turn; with `probe`, the hearing clock advances by the time since it last did."""
-    number, clock, at = connection.execute(_NEXT).one()
+    number, clock, at = _NEXT.one(connection)
     if probe:
         gap = now - at
         clock += gap if 0 < gap <= HEARING_GAP else 0.0
-        connection.execute(_HEARD, {"clock": clock, "at": max(now, at)})
+        _HEARD.run(connection, clock=clock, at=max(now, at))
     return Turn(int(number), float(clock))
 
 
 _STATE = tables.state.c
-_NEXT = (  # put together once: it is part of every batch
+_NEXT = Prepared(  # it is part of every batch
     update(tables.state)
     .values(batch=_STATE.batch + 1)
     .returning(_STATE.batch, _STATE.hearing, _STATE.hearing_at)
 )
-_HEARD = update(tables.state).values(hearing=bindparam("clock"), hearing_at=bindparam("at"))
+_HEARD = Prepared(
+    update(tables.state).values(hearing=bindparam("clock"), hearing_at=bindparam("at"))
+)

@@ -20,7 +20,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoResultFound
 
 from telemetry.store.database import open_engine, reading, writing
 from telemetry.store.prepared import Prepared
@@ -64,6 +64,24 @@ def test_values_go_in_and_come_out_as_they_are(engine: Engine) -> None:
         found = [row._asdict() for row in ALL.all(conn)]
         known = [dict(row._mapping) for row in conn.execute(select(things).order_by("name"))]
     assert found == known == [{**A, "plain": {"y": None}}, B]
+
+
+def test_plain_rows_are_the_drivers(engine: Engine) -> None:
+    with writing(engine) as conn:
+        NEW.run(conn, **A)
+    with reading(engine) as conn:
+        found = ALL.plain(conn)
+        known = conn.execute(select(things)).cursor.fetchall()  # type: ignore[union-attr]
+    assert found == known
+    assert [type(cell) for cell in found[0]] == [type(cell) for cell in known[0]]
+
+
+def test_one_row_is_there_or_its_absence_is_an_error(engine: Engine) -> None:
+    with reading(engine) as conn, pytest.raises(NoResultFound):
+        ALL.one(conn)
+    with writing(engine) as conn:
+        NEW.run(conn, **A)
+        assert ALL.one(conn).name == "a"
 
 
 def test_it_belongs_to_the_transaction(engine: Engine) -> None:
