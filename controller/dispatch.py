@@ -30,6 +30,7 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
 )
+from controller.rollout.proven import Proofs
 from controller.rollout.world import World
 from device_agent.protocol import Kind, Reason, State
 from telemetry.report import DeviceRow
@@ -92,6 +93,10 @@ class Dispatch:
         due = {name for name, at in self._again.items() if at <= now}
         self._again = {name: at for name, at in self._again.items() if name not in due}
         return due
+
+    def waits(self, until: float) -> bool:
+        """Is there a device whose order comes once more by then?"""
+        return any(at <= until for at in self._again.values())
 
     def joined(self, rollout: str, devices: Iterable[str]) -> None:
         """These are members of that rollout now, the newest of theirs."""
@@ -201,7 +206,7 @@ class _View:
     world: World
     now: float
     _holds: dict[str, list[ActiveHold]] = field(default_factory=dict)
-    _proven: dict[tuple[str, str], dict[str, Proven]] = field(default_factory=dict)
+    _proofs: Proofs | None = None
     _withholding: dict[str, list[Rollout]] = field(default_factory=dict)
 
     def place(
@@ -213,6 +218,10 @@ class _View:
         before: float | None,
     ) -> desired.Place:
         world, fleet = self.world, device.fleet
+        if fleet not in self._holds:
+            self._holds[fleet] = [hold for hold in world.holds if hold.fleet == fleet]
+        holds = [h for h in self._holds[fleet] if _covers(world, h, device, memberships)]
+        rejected = frozenset[str]().union(*(hold.artifacts for hold in holds))
         speaking: list[tuple[Rollout, Member]] = []
         past: dict[str, Member] = {}
         stays = set()
@@ -223,9 +232,9 @@ class _View:
             if rollout.active and rollout.fleet == fleet:
                 speaking.append((rollout, member))
             if member.previous and member.state is not MemberState.DRAWN:
-                past[rollout.name] = member
-        if fleet not in self._holds:
-            self._holds[fleet] = [hold for hold in world.holds if hold.fleet == fleet]
+                known = past.get(rollout.name)
+                if member.leads_back(rejected) or not (known and known.leads_back(rejected)):
+                    past[rollout.name] = member
         declared = world.head.manifests.fleets.get(fleet) if world.head else None
         return desired.Place(
             device=device,
@@ -233,45 +242,37 @@ class _View:
             last=last,
             memberships=speaking,
             past=past,
-            holds=[h for h in self._holds[fleet] if _covers(world, h, device, memberships)],
+            holds=holds,
             stops=world.stops,
-            proven=self._proven_for(device),
+            proven=self._proven_for(device, rejected),
             on_unknown=str(declared.on_unknown) if declared else "keep",
             stays=frozenset(stays),
             begun=retreat.begun(row, last),
+            failed=retreat.failed_forward(row, last),
             foreign=recovery.foreign(device, row, last, before),
         )
 
-    def _proven_for(self, device: Device) -> dict[str, Proven]:
-        fleet = device.fleet
+    def _proven_for(self, device: Device, rejected: frozenset[str]) -> Mapping[str, Proven]:
+        world, fleet = self.world, device.fleet
+        if self._proofs is None:
+            declared = world.head.manifests.fleets if world.head is not None else {}
+            baselines = {name: one.baseline for name, one in declared.items()}
+            rollouts = list(world.rollouts.values())
+            self._proofs = Proofs(world.proven, rollouts, world.catalog, baselines)
         if fleet not in self._withholding:
             self._withholding[fleet] = [
                 rollout
-                for rollout in self.world.rollouts.values()
+                for rollout in world.rollouts.values()
                 if rollout.fleet == fleet
                 and rollout.state is RolloutState.COMPLETED
-                and self.world.pinned[rollout.id].rollout.holdout is not None
+                and world.pinned[rollout.id].rollout.holdout is not None
             ]
+        without = frozenset[str]()
         if self._withholding[fleet]:
             without = holdout.withheld(
-                self._withholding[fleet], self.world.pinned, fleet, device.id, self.now
+                self._withholding[fleet], world.pinned, fleet, device.id, self.now
             )
-            if without:
-                return self._newest(fleet, device.hardware, without)
-        key = (fleet, device.hardware)
-        if key not in self._proven:
-            self._proven[key] = self._newest(*key, frozenset())
-        return self._proven[key]
-
-    def _newest(self, fleet: str, hardware: str, without: frozenset[str]) -> dict[str, Proven]:
-        found: dict[str, Proven] = {}
-        for (name, component, kind), proven in self.world.proven.items():
-            if name != fleet or kind not in ("", hardware) or proven.release in without:
-                continue
-            best = found.get(component)
-            if best is None or proven.at > best.at or kind:
-                found[component] = proven
-        return found
+        return self._proofs.newest(device, without=without, rejected=rejected)
 
 
 def _covers(world: World, hold: ActiveHold, device: Device, memberships: Sequence[str]) -> bool:

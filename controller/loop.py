@@ -77,6 +77,10 @@ class Loop:
         """Is there more to read or to compose than one tick took? Then the next should not wait."""
         return self._more or bool(self._loaded and self._dispatch)
 
+    def waits(self, until: float) -> bool:
+        """Does the clock alone make it send an order by then?"""
+        return bool(self._loaded and self._dispatch.waits(until))
+
     def tick(self, now: float) -> int:
         """One turn; answers how many actions it took."""
         try:

@@ -18,8 +18,7 @@ from sqlalchemy import Connection, Row, select
 
 from controller import ulid
 from controller.rollout import holdout
-from controller.rollout.drawing import compatible
-from controller.rollout.model import Device, Rollout, RolloutState
+from controller.rollout.model import Rollout, RolloutState
 from controller.rollout.waves import Pinned
 from controller.store import views
 from controller.store.tables import decisions, devices, rollouts
@@ -157,7 +156,7 @@ def _held_out(conn: Connection, row: Row[Any], pinned: Pinned) -> frozenset[str]
         for d in conn.execute(query)
         if holdout.chosen(row.seed, d.id, rule.percent)
         and (d.enrolled_at or 0.0) <= row.opened_at
-        and compatible(pinned, Device(id=d.id, fleet=d.fleet, labels=d.labels, status=d.status))
+        and pinned.release.fits(d.labels)
     )
 
 

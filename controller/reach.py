@@ -22,8 +22,9 @@ from typing import Any
 from sqlalchemy import Connection
 
 from controller.manifests.kinds import Release
-from controller.rollout import desired, scope
+from controller.rollout import desired, retreat, scope
 from controller.rollout.model import ActiveHold, Device, Member, Order, Rollout
+from controller.rollout.proven import Proofs
 from controller.rollout.waves import Pinned
 from controller.store import reach as rows
 from controller.store import rollouts as store
@@ -112,7 +113,7 @@ def reached(conn: Connection, fleet: Fleet, hold: ActiveHold, now: float) -> lis
         return [Reached(device=name, word="changes") for name in names]
     if fleet.pinned is not None and not fleet.pinned.release.rollback.possible:
         return [Reached(device=name, word="cannot", why=_STAYS) for name in names]
-    past = _Past.of(conn, fleet, names)
+    past = _Past.of(conn, fleet, hold, names)
     composed: dict[Hashable, desired.Target | None] = {}
     found = []
     for name in names:
@@ -137,13 +138,15 @@ def _concerned(fleet: Fleet, hold: ActiveHold, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Past:
-    """The memberships that `desired.compose` may ask for."""
+    """What `desired.compose` may ask for: memberships, and what is proven."""
 
     speaking: Sequence[tuple[Rollout, Mapping[str, Member]]]  # of active rollouts, oldest first
     before: Mapping[str, Mapping[str, Member]]  # rollout name → device → its newest that knows
+    proofs: Proofs
 
     @classmethod
-    def of(cls, conn: Connection, fleet: Fleet, names: Sequence[str]) -> _Past:
+    def of(cls, conn: Connection, fleet: Fleet, hold: ActiveHold, names: Sequence[str]) -> _Past:
+        rejected = hold.artifacts.union(*(h.artifacts for h in fleet.holds))
         by_name: dict[str, list[str]] = {}
         for rollout in reversed(fleet.rollouts):
             by_name.setdefault(rollout.name, []).append(rollout.id)
@@ -154,7 +157,15 @@ class _Past:
                 for one in fleet.rollouts
                 if one.active
             ],
-            before={name: rows.newest_told(conn, ids, names) for name, ids in by_name.items()},
+            before={
+                name: rows.newest_told(conn, ids, names, rejected) for name, ids in by_name.items()
+            },
+            proofs=Proofs(
+                fleet.proven,
+                fleet.rollouts,
+                fleet.catalog,
+                {fleet.rollout.fleet: fleet.pinned.fleet.baseline} if fleet.pinned else {},
+            ),
         )
 
 
@@ -169,25 +180,25 @@ def _place(fleet: Fleet, hold: ActiveHold, name: str, past: _Past) -> desired.Pl
         past={key: members[name] for key, members in past.before.items() if name in members},
         holds=[*ours, hold],
         stops=(),
-        proven={
-            component: value
-            for (owner, component, hardware), value in fleet.proven.items()
-            if owner == device.fleet and hardware in ("", device.hardware)
-        },
+        failed=retreat.failed_forward(row, fleet.orders.get(name)),
+        proven=past.proofs.newest(
+            device, rejected=hold.artifacts.union(*(h.artifacts for h in ours))
+        ),
     )
 
 
 def _alike(place: desired.Place) -> Hashable:
     """Places with the same key are composed alike: all that `compose` reads but the clock, with no
-    stop among it, so that of the device itself only its hardware counts (it decides `proven`)."""
+    stop among it, so that of the device itself only what is proven for it counts."""
     last = place.last
     return (
-        place.device.hardware,
+        tuple((c, one.digest) for c, one in sorted(place.proven.items())),
         tuple((c, r.release, r.digest, r.committed) for c, r in sorted(place.running.items())),
         None if last is None else (last.kind, tuple(sorted(last.components.items()))),
         tuple((r.id, m.arm, m.state, m.attempt, m.told_at) for r, m in place.memberships),
         tuple((name, str(m.previous)) for name, m in place.past.items()),
         tuple(h.id for h in place.holds),
+        place.failed,
     )
 
 

@@ -10,7 +10,8 @@ Rules, in order (the first that speaks wins):
 5. Its security epoch is not below the device's (`security_epoch`): a rollback goes below versions,
    never below an epoch.
 6. Its installers exist here (`unknown_installer`); a forward order carries a lease (`expired`).
-7. A forward order names no digest that this generation or a later one ended (`known_bad`).
+7. A forward order names no digest that this generation or a later one ended (`known_bad`). A newer
+   term counts its generations anew: what an older one ended does not bind it.
 
 A lease that has passed is no refusal: the update is DEFERRED by `lease_expired`, and the controller
 answers with a newer generation. Until rule 3 has passed the order is nobody's: it is reported as
@@ -48,7 +49,7 @@ class Known:
     generation: int = 0
     order_hash: str = ""
     security_epoch: int = 0
-    known_bad: Mapping[str, int] = field(default_factory=dict)
+    known_bad: Mapping[str, int] = field(default_factory=dict)  # of this term, by generation
     installers: frozenset[str] = frozenset({"slots"})
 
 
@@ -144,7 +145,7 @@ def _unfit(order: Desired, known: Known) -> Reason | None:
         return Reason.UNKNOWN_INSTALLER
     if order.kind is Kind.INSTALL and order.not_after is None:
         return Reason.EXPIRED
-    return known_bad(order, known.known_bad)
+    return known_bad(order, known.known_bad) if order.term == known.term else None
 
 
 def _verifies(signature: Signature, signed: bytes, keys: Mapping[str, str]) -> bool:

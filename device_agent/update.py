@@ -254,7 +254,12 @@ class World:
 def obey(record: Record, order: Desired, order_hash: str, world: World) -> Step:
     """Take on an order that `trust.judge` accepted."""
     record = replace(
-        record, term=order.term, generation=order.generation, order_hash=order_hash, pending=None
+        record,
+        term=order.term,
+        generation=order.generation,
+        order_hash=order_hash,
+        pending=None,
+        known_bad=record.known_bad if order.term == record.term else {},
     )
     update = record.update
     if update is None or update.state in TERMINAL:
@@ -620,7 +625,9 @@ def _fail(record: Record, update: Update, reason: Reason, log: str, world: World
 
 def _go_back(record: Record, update: Update, reason: Reason, log: str, world: World) -> Step:
     # A device without a network calls no release bad; neither does a failed way back.
-    if reason is not Reason.LINK_LOST and update.order.kind is Kind.INSTALL:
+    # What an order of an earlier term ended does not bind the one that waits.
+    calls_bad = reason is not Reason.LINK_LOST and update.order.term == record.term
+    if calls_bad and update.order.kind is Kind.INSTALL:
         bad = {item.digest: update.order.generation for item in items(update)}
         known_bad = list((record.known_bad | bad).items())[-MAX_KNOWN_BAD:]
         record = replace(record, known_bad=dict(known_bad))

@@ -17,6 +17,7 @@ from bench.world.databases import Databases
 from bench.world.points import Points
 from bench.world.script import BUSY, DAY, Script
 from bench.world.world import World
+from controller.dispatch import SETTLES
 from controller.facts import Finding
 from controller.store.tables import desired, rollouts
 from telemetry.store.database import reading
@@ -134,6 +135,8 @@ def _state(world: World) -> str:
         states = _STATES.all(conn)
     idle = all(d.settled for d in world.devices.values() if d.in_service)
     idle = idle and all(row.state != "RollingBack" for row in states)
+    loops = (controller.loop for controller in world.controllers)
+    idle = idle and not any(loop.waits(world.now + 2 * SETTLES) for loop in loops if loop)
     return f"{states} {waiting} {'idle' if idle else 'busy'}"
 
 

@@ -259,6 +259,14 @@ class Release(Named):
     def components(self) -> Mapping[str, Artifact]:
         return {artifact.component: artifact for artifact in self.artifacts}
 
+    def fits(self, labels: Mapping[str, str]) -> bool:
+        """Is every artifact compatible with a device of these labels?"""
+        return all(
+            labels.get(label) in allowed
+            for artifact in self.artifacts
+            for label, allowed in artifact.compatible.items()
+        )
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of {installer, sorted (component, artifact digest)}: what the release *is*."""

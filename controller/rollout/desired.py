@@ -7,6 +7,7 @@ Pure. Rules, in order, for each component (the first that speaks wins):
    for a newcomer, that was never told anything. A digest nobody knows is kept (`onUnknown: keep`)
    or, from the moment when it is heard of, what the device was told (`adopt`).
    Where the memory of what it was told is lost, what it runs is its base: a baseline moves nobody.
+   So it is where the order is over without success, and a hold rejects what it fell back to.
 3. A rollout whose member it is (told, not left) replaces the base for the components it changes.
 4. A digest that a hold rejects is replaced by the hold's destination: `stay` keeps what runs,
    `previous` is what this device itself committed before, else the proven release; never a version
@@ -83,13 +84,15 @@ class Place:
     running: Mapping[str, ComponentReport]  # by its last report; empty: never heard
     last: Order | None
     memberships: Sequence[tuple[Rollout, Member]]  # rollouts that may still speak, oldest first
-    past: Mapping[str, Member]  # rollout name → its newest membership, for `previous`
+    # Rollout name → its newest membership whose `previous` no hold rejects (else its newest).
+    past: Mapping[str, Member]
     holds: Sequence[ActiveHold]
     stops: Sequence[ActiveStop]
     proven: Mapping[str, Proven]  # component → for this hardware
     on_unknown: str = "keep"
     stays: frozenset[str] = frozenset()  # holds whose way back is not open to this device now
     begun: bool = False  # it has begun to carry out its last order
+    failed: bool = False  # its last order is over without success: it runs what it fell back to
     foreign: bool = False  # it obeys an order that we do not remember: see rollout.recovery
 
 
@@ -233,9 +236,9 @@ def _base(place: Place, component: str, catalog: Catalog, now: float) -> Told | 
     running = place.running.get(component)
     if place.foreign:
         # A baseline is for newcomers. This device was governed before: what it runs was ordered.
-        if running is None:
-            return told
-        return Told(release=running.release, digest=running.digest, at=now, rollout=None)
+        return _as_it_runs(place, component, now) or told
+    if told is not None and _fell_back_to_rejected(place, told, running):
+        return _as_it_runs(place, component, now)
     known = running is None or catalog.owner(component, running.digest) is not None
     if running is not None and not known and place.on_unknown == "adopt":
         if told is None or told.digest != running.digest:  # from now on: what comes later wins
@@ -252,6 +255,20 @@ def _base(place: Place, component: str, catalog: Catalog, now: float) -> Told | 
     return Told(release=running.release, digest=running.digest, at=0.0, rollout=None)
 
 
+def _lost(place: Place, component: str, digest: str) -> bool:
+    """Did it fail at just this, under another rollout's name, and must leave what it fell to?"""
+    told = place.last.components.get(component) if place.last else None
+    if told is None or told.digest != digest:
+        return False
+    return _fell_back_to_rejected(place, told, place.running.get(component))
+
+
+def _fell_back_to_rejected(place: Place, told: Told, running: ComponentReport | None) -> bool:
+    if not place.failed or running is None or running.digest == told.digest:
+        return False
+    return any(running.digest in hold.artifacts for hold in place.holds)
+
+
 def _by_rollout(
     place: Place, component: str, base: Told | None, now: float
 ) -> tuple[Told | None, str | None, bool]:
@@ -264,6 +281,8 @@ def _by_rollout(
             continue
         proven = place.proven.get(component)
         if proven is not None and proven.at > at:
+            continue
+        if _lost(place, component, digest):
             continue
         if member.state is MemberState.FAILED and _gave_up(place, component, rollout):
             if base is not None and base.rollout == rollout.id:

@@ -292,17 +292,9 @@ def _candidates(world: World, rollout: Rollout, pinned: Pinned) -> list[Candidat
     fits = [
         device
         for device in world.devices.values()
-        if device.fleet == rollout.fleet and device.governed and compatible(pinned, device)
+        if device.fleet == rollout.fleet and device.governed and pinned.release.fits(device.labels)
     ]
     return scored(fits, score.values if score else {})
-
-
-def compatible(pinned: Pinned, device: Device) -> bool:
-    for artifact in pinned.release.artifacts:
-        for label, allowed in artifact.compatible.items():
-            if device.labels.get(label) not in allowed:
-                return False
-    return True
 
 
 def may_take(world: World, rollout: Rollout, pinned: Pinned, device: Device) -> bool:

@@ -48,7 +48,7 @@ def _why_not(world: World, rollout: Rollout, pinned: Pinned, device: Device, rea
     """Why no step reaches a device, or what it waits for although one does; empty: neither."""
     if not device.governed:
         return f"{device.status}: nothing is ordered"
-    if not drawing.compatible(pinned, device):
+    if not pinned.release.fits(device.labels):
         return f"not compatible: {_incompatible(pinned.release, device)}"
     if drawing.runs(world, rollout, device):
         return "runs it already"

@@ -6,7 +6,7 @@ Only data and the few predicates that every rule shares. Times are Unix seconds;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -76,6 +76,11 @@ class Member:
     @property
     def harmed(self) -> bool:
         return self.state in (MemberState.FAILED, MemberState.SILENT)
+
+    def leads_back(self, rejected: Collection[str]) -> bool:
+        """Does it know what the device ran before, and is none of that among these digests?"""
+        before = self.previous or {}
+        return bool(before) and not any(told["digest"] in rejected for told in before.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

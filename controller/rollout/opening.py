@@ -246,12 +246,17 @@ def previous(row: DeviceRow, rollout: Rollout) -> dict[str, dict[str, str]]:
 
 
 def has_run(row: DeviceRow, rollout: Rollout) -> bool:
-    """Was every artifact of the rollout active on this device before, and not rolled away from?"""
-    for component, digest in rollout.artifacts.items():
-        events = [h.event for h in row.history if h.component == component and h.digest == digest]
-        if not events:
-            return False
-    return True
+    """Did this device run every artifact of the rollout before, and not go back from it at once?"""
+    return all(_ran(row, component, digest) for component, digest in rollout.artifacts.items())
+
+
+def _ran(row: DeviceRow, component: str, digest: str) -> bool:
+    events = [entry for entry in row.history if entry.component == component]
+    later = [*(entry.event for entry in events[1:]), ""]
+    return any(
+        entry.digest == digest and after != "rolled_back"
+        for entry, after in zip(events, later, strict=False)
+    )
 
 
 def who_ran(world: World, fleet: str, release: str) -> list[str]:

@@ -6,7 +6,8 @@ Pure. Rules, in order:
    that is rejected.
 2. One whose order could not lead anywhere else ran nothing before: it waits for the fix-forward.
 3. It is over when nobody who can be reached, and has somewhere to go, is still away. The others go
-   back at their next contact, whenever that is.
+   back at their next contact, whenever that is. It is over too when its hold is lifted: who is not
+   back yet has nothing to leave any more.
 4. `pace: steps`: the members of a step that run it go back when nobody of the steps before, who can
    be reached, is still away. Who does not run it yet never waits: it must not start.
 5. A way back can fail as well. Where `abortFailed` devices did not come back, those that run it and
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 NEVER_TOLD = frozenset({MemberState.DRAWN, MemberState.LEFT})
 FROZEN = "; FROZEN — "  # what a sentence says from there on ends with the freeze
 _FAILED = frozenset({State.FAILED, State.STUCK, State.ROLLED_BACK})
+_OVER = frozenset({State.FAILED, State.ROLLED_BACK, State.REJECTED})
 _LEAVING = frozenset({State.INSTALLING, State.INSTALLED, State.ACTIVATING, State.ROLLING_BACK})
 # These say something about a network or an order, nothing about the way back.
 _NOT_THE_WAY = frozenset(
@@ -65,6 +67,9 @@ def going_back(world: World, rollout: Rollout, muster: Muster, now: float) -> It
         yield Put(rollout=rollout.id, members=tuple(changed))
         return
     way = _count(muster)
+    if hold is None:
+        yield from _over(world, rollout, hold, way, now)
+        return
     if frozen(rollout):
         if way.lost < rollout.flags["frozen"]:
             yield from _thaw(rollout, now)
@@ -147,6 +152,15 @@ def begun(row: DeviceRow | None, order: Order | None) -> bool:
         return False
     # By the attempt: what was tried once stays tried when the order is issued again.
     return row.attempt == order.attempt and (row.state in _LEAVING or row.state in _FAILED)
+
+
+def failed_forward(row: DeviceRow | None, order: Order | None) -> bool:
+    """Is this order over for the device, without success? It runs what it fell back to."""
+    if row is None or order is None or order.kind != Kind.INSTALL:
+        return False
+    if (row.term, row.generation) != (order.term, order.generation):
+        return False
+    return row.state in _OVER and row.reason != Reason.ORDERED
 
 
 def failed_back(
@@ -243,7 +257,8 @@ def _over(
     sentence = sentence.replace("devices go back to what each ran before", "devices were told it")
     sentence += f"; {n} are back"
     if away:
-        sentence += f", {away} not reached yet: each goes back at its next contact"
+        where = "not reached yet: each goes back at its next contact"
+        sentence += f", {away} {where if hold else 'not: the hold is lifted'}"
     if bound:
         sentence += f", {bound} ran nothing before and wait for the fix-forward"
     yield Change(

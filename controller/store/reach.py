@@ -74,25 +74,35 @@ def members_of(
 
 
 def newest_told(
-    conn: Connection, rollouts: Sequence[str], names: Collection[str], few: int = _FEW
+    conn: Connection,
+    rollouts: Sequence[str],
+    names: Collection[str],
+    rejected: Collection[str] = frozenset(),
+    few: int = _FEW,
 ) -> dict[str, Member]:
     """For each of these devices its membership in the newest of these rollouts (newest first) that
-    told it something and knows what it ran before."""
-    left, found, older = set(names), dict[str, Member](), list(rollouts)
+    told it something and knows what it ran before: none of these digests, if there is such a one.
+    """
+    left, older = set(names), list(rollouts)
+    found, spoilt = dict[str, Member](), dict[str, Member]()
     told = members.c.state != MemberState.DRAWN.value
     while older and len(left) > few:
         for _, member in _members(conn, told, members.c.rollout == older.pop(0)):
-            if member.previous and member.device in left:
+            if member.device not in left or not member.previous:
+                continue
+            if member.leads_back(rejected):
                 found[member.device] = member
                 left.discard(member.device)
-    if not older or not left:
-        return found
-    age = {rollout: n for n, rollout in enumerate(older)}
-    best: dict[str, int] = {}
-    for rollout, member in _members(conn, told, members.c.device.in_(sorted(left))):
-        if member.previous and age.get(rollout, len(age)) < best.get(member.device, len(age)):
-            best[member.device], found[member.device] = age[rollout], member
-    return found
+            else:
+                spoilt.setdefault(member.device, member)
+    if older and left:
+        age = {rollout: n for n, rollout in enumerate(older)}
+        rows = _members(conn, told, members.c.device.in_(sorted(left)))
+        for rollout, member in sorted(rows, key=lambda row: age.get(row[0], len(age))):
+            if rollout in age and member.previous:
+                into = found if member.leads_back(rejected) else spoilt
+                into.setdefault(member.device, member)
+    return spoilt | found
 
 
 def _members(conn: Connection, *where: ColumnElement[bool]) -> list[tuple[str, Member]]:

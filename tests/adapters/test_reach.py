@@ -45,18 +45,28 @@ def planted(
     telemetry.dispose()
 
 
+@pytest.mark.parametrize("spoilt", [False, True])
 def test_the_newest_membership_that_knows(
-    planted: tuple[Engine, estate.Estate, dict[str, DeviceRow]],
+    planted: tuple[Engine, estate.Estate, dict[str, DeviceRow]], spoilt: bool
 ) -> None:
+    """`spoilt`: what most devices ran before their newest rollout is rejected by now."""
     control, filled, _ = planted
     for (fleet, ids), few in product(filled.rollouts.items(), (0, 7, 10_000)):
         names, wanted = filled.devices[fleet], dict[str, Member]()
         with reading(control) as conn:
             every = store.load_members_of(conn, ids)
-            found = rows.newest_told(conn, ids[::-1], names, few)
-        for rollout in ids:  # oldest first: the newest one wins
+            newest = [m for m in every[ids[-1]].values() if m.previous]
+            rejected = {part["digest"] for m in newest for part in (m.previous or {}).values()}
+            rejected = rejected if spoilt else set()
+            found = rows.newest_told(conn, ids[::-1], names, rejected, few)
+        for (
+            rollout
+        ) in ids:  # oldest first: the newest one wins, unless it leads to what is rejected
             for name, member in every[rollout].items():
-                if member.previous and member.state is not MemberState.DRAWN:
+                if not member.previous or member.state is MemberState.DRAWN:
+                    continue
+                known = wanted.get(name)
+                if member.leads_back(rejected) or not (known and known.leads_back(rejected)):
                     wanted[name] = member
         assert {name: (m.step, m.previous, m.told_at) for name, m in found.items()} == {
             name: (m.step, m.previous, m.told_at) for name, m in wanted.items()

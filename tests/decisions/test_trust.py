@@ -89,6 +89,13 @@ def test_known_bad_is_lifted_by_a_newer_generation_only() -> None:
     assert isinstance(judge(KEY.sign(order()), replace(KNOWN, known_bad={DIGEST: 5})), Accepted)
 
 
+def test_a_newer_term_is_not_bound_by_what_an_older_one_ended() -> None:
+    """A restored database counts its generations anew; its term is higher."""
+    known = replace(KNOWN, known_bad={DIGEST: 9})
+    newer = order(term=KNOWN.term + 1, generation=1)
+    assert isinstance(judge(KEY.sign(newer), known), Accepted)
+
+
 def test_a_rollback_passes_the_known_bad_list_and_needs_no_lease() -> None:
     back = order(kind=Kind.ROLLBACK, not_after=None)
     assert isinstance(judge(KEY.sign(back), replace(KNOWN, known_bad={DIGEST: 9})), Accepted)

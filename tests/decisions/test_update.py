@@ -190,6 +190,22 @@ def test_an_agent_that_dies_for_ever_in_a_trial_goes_back() -> None:
     assert record.running == RUNNING.running
 
 
+def test_what_an_earlier_term_ended_does_not_bind_an_order_of_the_next() -> None:
+    record, _ = learn(to_trial(), SelfTestsDone(attempt="try", ok=False), WORLD)
+    record, _ = done(record, State.ROLLING_BACK)
+    assert record.known_bad == {NEW: 2}
+    newer = order(term=2, generation=1, attempt="again")
+    record, _ = obey(record, newer, "i", WORLD)
+    assert (state(record).state, record.known_bad) == (State.DOWNLOADING, {})
+
+    # It came while the other was still under way.
+    record, _ = obey(switching(), newer, "i", PARKED)
+    failed = Failed(attempt="try", work=State.ACTIVATING, reason=Reason.ACTIVATION_FAILED)
+    record, _ = learn(record, failed, PARKED)
+    record, _ = done(record, State.ROLLING_BACK, PARKED)
+    assert (state(record).order.attempt, state(record).state) == ("again", State.DOWNLOADING)
+
+
 def test_going_back_that_fails_three_times_is_stuck() -> None:
     record, _ = learn(to_trial(), SelfTestsDone(attempt="try", ok=False), WORLD)
     failed = Failed(attempt="try", work=State.ROLLING_BACK, reason=Reason.ACTIVATION_FAILED)

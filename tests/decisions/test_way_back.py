@@ -166,3 +166,26 @@ def test_who_failed_and_runs_nothing_rejected_keeps_the_order_that_it_failed_at(
     assert target is not None
     assert target.components["app"].release == "fsd-10.0"
     assert target.attempt == "later.0"
+
+
+def test_who_failed_at_a_superseded_order_and_runs_a_rejected_release_goes_back() -> None:
+    """No rollout speaks any more for what it was told last, and that is over for it."""
+    at = replace(failed_at_the_next(), memberships=())
+    kept = compose(at, catalog(), NOW)
+    assert kept is not None
+    assert kept.components["app"].release == "fsd-10.0"  # it may be on its way there
+    assert goes_to(replace(at, failed=True)) == "fsd-10.2"
+
+
+def test_nor_does_another_rollout_of_the_same_artifact_keep_it_there() -> None:
+    at = failed_at_the_next()
+    ((later, member),) = at.memberships
+    told_anew = replace(member, state=MemberState.TOLD, attempt="later.revert")
+    assert goes_to(replace(at, memberships=((later, told_anew),), failed=True)) == "fsd-10.2"
+
+
+def test_only_a_membership_that_leads_to_nothing_rejected_leads_back() -> None:
+    member = place().past["cars"]
+    assert member.leads_back({DIGESTS["10.3"]})
+    assert not member.leads_back({DIGESTS["10.2"]})
+    assert not replace(member, previous=None).leads_back(set())

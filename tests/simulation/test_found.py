@@ -9,7 +9,7 @@ from bench.world import texts
 from bench.world.databases import Databases
 from bench.world.device import Nature
 from bench.world.world import World
-from controller.store.tables import decisions, holds, members
+from controller.store.tables import decisions, holds, members, rollouts
 from device_agent.protocol import Desired, Kind, open_envelope
 from telemetry.store.database import reading
 
@@ -287,3 +287,46 @@ def test_who_was_silent_before_nothing_was_heard_may_be_drawn_as_that(world: Wor
     with reading(world.databases.control) as conn:
         drawn = conn.execute(select(members).where(members.c.arm == "control")).all()
     assert {row.state for row in drawn} == {"silent"}
+
+
+def test_a_way_back_whose_hold_is_lifted_is_over(world: World) -> None:
+    """Seed 107598: one car is away, and shall go back; then nobody shall any more."""
+    publish(world, "2")
+    world.run(9)
+    world.devices["car-0"].lose_network(1_000)
+    world.ask("rollback")
+    world.run(1)
+    assert world.ask("lift")
+    world.run(60)
+    with reading(world.databases.control) as conn:
+        states = conn.execute(select(rollouts.c.state, rollouts.c.sentence)).all()
+    assert "RollingBack" not in {row.state for row in states}
+    assert any("the hold is lifted" in row.sentence for row in states), states
+    assert world.check() == []
+
+
+def test_who_fails_at_the_next_release_goes_back_to_what_it_ran_before_both(world: World) -> None:
+    """Seed 104916: it falls back to the one that was rejected meanwhile."""
+    publish(world, "2")
+    world.run(9)
+    world.natures[texts.artifact("3")] = Nature(boots=0.0)
+    publish(world, "3")
+    world.run(0.1)
+    world.ask("rollback")
+    world.run(90)
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("1")}
+    assert world.check() == []
+
+
+def test_all_run_it_and_the_database_is_lost_before_it_is_rejected(world: World) -> None:
+    """Seed 104777: what all run counts as proven; then the one before it does."""
+    publish(world, "2")
+    world.run(90)
+    world.lose_control_database(backup=False)
+    world.run(30)
+    assert world.ask("rollback")
+    world.run(90)
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("1")}
+    assert world.check() == []
