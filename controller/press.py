@@ -6,7 +6,7 @@ seen. What the orders of alike devices share is worded once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -53,7 +53,7 @@ class Press:
             "kind": order.kind,
             "components": wording.told,
             "rollout": wording.rollout,
-            "body": self._issuer.key.seal(canonical({**wording.wire, **own})),
+            "body": self._issuer.key.seal(wording.form.filled(own)),
             "at": self._now,
             "published": False,
         }
@@ -86,17 +86,32 @@ class Press:
             not_after=self._not_after if forward else None,
         )
         return _Wording(
-            wire=to_wire(desired),
+            form=Form(to_wire(desired), ("device", "term", "generation")),
             told={c: asdict(told) for c, told in target.components.items()},
             rollout=next((t.rollout for t in target.components.values() if t.rollout), None),
         )
+
+
+class Form:
+    """The canonical bytes of an object, with blanks for what differs from one to the next."""
+
+    def __init__(self, wire: Mapping[str, Any], blanks: Collection[str]) -> None:
+        self._blanks = tuple(sorted(blanks))  # canonical bytes have their keys in this order
+        same = {key: canonical(value).replace(b"%", b"%%") for key, value in wire.items()}
+        same |= dict.fromkeys(self._blanks, b"%b")
+        pairs = (canonical(key) + b":" + same[key] for key in sorted(same))
+        self._text = b"{%b}" % b",".join(pairs)
+
+    def filled(self, values: Mapping[str, Any]) -> bytes:
+        """The canonical bytes of the object with these values in its blanks."""
+        return self._text % tuple([canonical(values[name]) for name in self._blanks])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wording:
     """What the orders of alike devices share."""
 
-    wire: Mapping[str, Any]
+    form: Form
     told: Mapping[str, Any]
     rollout: str | None
 

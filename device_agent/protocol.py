@@ -285,7 +285,7 @@ def load(payload: bytes) -> Any:
         raise ProtocolError("not_json", str(error)[:200]) from None
 
 
-def canonical(signed: Mapping[str, Any]) -> bytes:
+def canonical(signed: Any) -> bytes:
     """The bytes that are signed: sorted keys, no blanks, UTF-8, no floats (as TUF does)."""
     return _sorted.encode(signed).encode()
 

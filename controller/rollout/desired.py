@@ -447,7 +447,7 @@ def _by_requirements(
     sentences: list[str] = []
     for component, told in sorted(chosen.items()):  # a copy: `chosen` changes below
         release = catalog.owner(component, told.digest, told.release)
-        if release is None:
+        if release is None or not release.requires:
             continue
         versions = {c: catalog.version(c, t.digest) for c, t in chosen.items()}
         for other, report in place.running.items():

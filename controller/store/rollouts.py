@@ -122,11 +122,6 @@ _COUNT = Prepared(
     )
     .values(n=member_counts.c.n + bindparam("more"))
 )
-_SENT = (
-    update(desired)
-    .where(desired.c.device == bindparam("d"), desired.c.generation == bindparam("g"))
-    .values(published=True)
-)
 _LOOKED = Prepared(
     select(looks.c.at).where(looks.c.rollout == bindparam("named"), looks.c.at == bindparam("then"))
 )
@@ -427,11 +422,9 @@ def _in_columns(table: Table, rows: Iterable[Mapping[str, Any]]) -> list[tuple[A
     return found
 
 
-def mark_published(conn: Connection, sent: Iterable[tuple[str, int]]) -> None:
+def mark_published(conn: Connection, sent: Sequence[tuple[str, int]]) -> None:
     """The broker has these (device, generation); a newer order stays unpublished."""
-    rows = [{"d": device, "g": generation} for device, generation in sent]
-    if rows:
-        conn.execute(_SENT, rows)
+    bulk.mark(conn, desired.c.published, sent, ("device", "generation"))
 
 
 def unpublish(conn: Connection, names: Sequence[str]) -> None:

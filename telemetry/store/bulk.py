@@ -8,7 +8,7 @@ merged by one statement. The caller's transaction decides about all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
+    Column,
     Connection,
     Float,
     Integer,
@@ -30,6 +31,7 @@ from sqlalchemy.types import TypeEngine
 
 _VALUES = 32_000  # in one statement; SQLite takes 32,766
 Row = Sequence[Any]  # in the order of the table's columns
+Names = Sequence[str]
 
 
 def insert(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
@@ -70,16 +72,37 @@ def upsert(
     _execute(connection, table, rows, conflict)
 
 
+def mark(connection: Connection, column: Column[bool], rows: Sequence[Row], key: Names) -> None:
+    """Set this column where the columns of `key` are as in one of `rows`."""
+    if not rows:
+        return
+    table = column.table.name
+    change = f"UPDATE {table} SET {column.name} = TRUE"  # noqa: S608
+    if connection.dialect.name == "postgresql":
+        where = " AND ".join(f"{name} = %s" for name in key)
+        connection.exec_driver_sql(f"{change} WHERE {where}", [tuple(row) for row in rows])
+        return
+    where = " AND ".join(f"{table}.{name} = given.column{i}" for i, name in enumerate(key, 1))
+    for values, given in _lots(rows, len(key)):
+        statement = f"{change} FROM (VALUES {values}) AS given WHERE {where}"
+        connection.exec_driver_sql(statement, tuple(given))
+
+
 def _execute(connection: Connection, table: Table, rows: Sequence[Row], conflict: str = "") -> None:
     cursor = _cursor(connection)
-    first, size = 0, _VALUES // len(table.columns)
-    marks = f"({', '.join('?' for _ in table.columns)})"
+    for values, given in _lots(rows, len(table.columns)):
+        statement = f"INSERT INTO {table.name} ({_names(table)}) VALUES {values} {conflict}"  # noqa: S608
+        cursor.execute(statement, given)
+
+
+def _lots(rows: Sequence[Row], width: int) -> Iterator[tuple[str, list[Any]]]:
+    """(a list of VALUES for SQLite, what is in it), as many rows as a statement takes."""
+    first, size = 0, _VALUES // width
+    marks = f"({', '.join('?' * width)})"
     while first < len(rows):
         while size > len(rows) - first:  # few sizes: the driver finds its statements again
             size = max(1, size // 8)
-        values = ", ".join([marks] * size)
-        statement = f"INSERT INTO {table.name} ({_names(table)}) VALUES {values} {conflict}"  # noqa: S608
-        cursor.execute(statement, list(chain.from_iterable(rows[first : first + size])))
+        yield ", ".join([marks] * size), list(chain.from_iterable(rows[first : first + size]))
         first += size
 
 

@@ -51,6 +51,18 @@ def test_orders(engine: Engine, n: int) -> None:
     assert waiting[0][1] == b"\x00signed"
 
 
+@pytest.mark.parametrize("n", [1, 9, 700])
+def test_what_the_broker_took_waits_no_more_and_a_newer_order_does(engine: Engine, n: int) -> None:
+    with writing(engine) as conn:
+        store.put_orders(conn, [order(f"car-{i}", 2) for i in range(n + 2)])
+        taken = [(f"car-{i}", 2) for i in range(n)]
+        store.mark_published(conn, [*taken, ("car-0", 1), (f"car-{n}", 1), ("gone", 2)])
+        store.mark_published(conn, [])
+    with reading(engine) as conn:
+        waiting = {device for device, _, _, _ in store.unpublished(conn)}
+    assert waiting == {f"car-{n}", f"car-{n + 1}"}
+
+
 def test_members(engine: Engine) -> None:
     previous = {"app": {"release": "app-1", "digest": DIGEST}}
     made = [
