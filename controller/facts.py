@@ -14,8 +14,19 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from controller.manifests.kinds import Release
 from controller.rollout import scope
-from controller.rollout.model import Arm, Device, Member, MemberState, RolloutState
+from controller.rollout.desired import Catalog
+from controller.rollout.model import (
+    Arm,
+    Device,
+    Member,
+    MemberState,
+    Proven,
+    Rollout,
+    RolloutState,
+)
+from controller.rollout.proven import Proofs
 from controller.rollout.waves import Pinned
 from device_agent.protocol import Desired, ProtocolError, open_envelope
 from telemetry.report import DeviceRow
@@ -248,13 +259,32 @@ class Look:
             if member["device"] == device and own and own["digest"] not in held:
                 return True
         row = self.devices.get(device)
-        kinds = {"", (row["labels"] or {}).get("hardware", "")} if row else {""}
-        return any(
-            one["fleet"] == fleet
-            and one["component"] == component
-            and one["hardware"] in kinds
-            and one["digest"] not in held
-            for one in self.tables.proven
+        if row is None:
+            return False
+        one = Device(id=device, fleet=fleet, labels=row["labels"] or {}, status=row["status"])
+        return component in self._proofs.newest(one, rejected=frozenset(held))
+
+    @cached_property
+    def _proofs(self) -> Proofs:
+        documents = [Release.model_validate(row["document"]) for row in self.tables.releases]
+        return Proofs(
+            {
+                (row["fleet"], row["component"], row["hardware"]): Proven(
+                    release=row["release"], digest=row["digest"], at=row["at"]
+                )
+                for row in self.tables.proven
+            },
+            [
+                Rollout(**{f.name: row[f.name] for f in fields(Rollout)})
+                for row in self.tables.rollouts
+                if row["state"] == RolloutState.COMPLETED
+            ],
+            Catalog(releases={one.name: one for one in documents}),
+            {
+                row["fleet"]: row["pinned"]["fleet"].get("baseline", {})
+                for row in self.tables.rollouts
+                if row["pinned"]
+            },
         )
 
 

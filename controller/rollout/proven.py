@@ -30,7 +30,7 @@ class Proofs:
         """`proven`: by (fleet, component, hardware; "": any). `rollouts`: completed ones count.
         `baselines`: fleet → component → release."""
         self._proven, self._catalog, self._baselines = proven, catalog, baselines
-        self._completed = [one for one in rollouts if one.state is RolloutState.COMPLETED]
+        self._completed = [one for one in rollouts if one.state == RolloutState.COMPLETED]
         self._labels: dict[str, tuple[str, ...]] = {}  # by fleet: those that something asks for
         self._found: dict[Hashable, dict[str, Proven]] = {}
 
