@@ -43,6 +43,10 @@ class Repository:
     def tree(self) -> dict[str, bytes]:
         return dict(self.commits[self.head].tree) if self.head else {}
 
+    def parent(self) -> str | None:
+        """The commit before the head; the head itself where there is none."""
+        return (self.commits[self.head].parent or self.head) if self.head else None
+
 
 class Clone:
     """`FleetRepo` for the watcher and the recorder."""

@@ -170,6 +170,23 @@ class Script:
     def hold(self) -> None:
         self.world.ask("hold")
 
+    def part(self) -> None:
+        """Only some devices are rolled back, or held."""
+        names = [device.name for device in self._some()] or [self._one().name]
+        self.world.ask(self.chance.choice(("rollback", "hold")), scope={"devices": names})
+
+    def lose_hold_file(self) -> None:
+        """Somebody tidies the repository up."""
+        files = [path for path in sorted(self.world.repository.tree()) if "holds/" in path]
+        if files:
+            self.world.commit({self.chance.choice(files): None})
+
+    def rewrite(self) -> None:
+        """Somebody forces another history, and takes that back a little later."""
+        before = self.world.repository.head
+        self.world.force(self.world.repository.parent(), {"cars.yaml": self._rollout()})
+        self._later(9.0, lambda: self.world.force(before))
+
     def lift(self) -> None:
         self.world.ask("rollback")
         self._later(9.0, lambda: self.world.ask("lift"))
@@ -206,6 +223,11 @@ class Script:
     def power_cut(self) -> None:
         for device in self._some():
             device.crash()
+
+    def ask_by_http(self) -> None:
+        """Who has no session for long asks the API for its order."""
+        for device in self._some():
+            self.world.hand_out(device)
 
     def clock_jump(self) -> None:
         self._one().skew += self.chance.choice((-7_200.0, -30.0, 30.0, 7_200.0))
@@ -304,6 +326,10 @@ _CAST: tuple[tuple[Deed, float], ...] = (
     (Script.another_controller, 1.0),
     (Script.restore, 1.5),
     (Script.wipe, 0.7),
+    (Script.part, 1.0),
+    (Script.lose_hold_file, 0.7),
+    (Script.rewrite, 0.7),
+    (Script.ask_by_http, 1.0),
 )
 _DEEDS = tuple(deed for deed, _ in _CAST)
 _WEIGHTS = tuple(weight for _, weight in _CAST)

@@ -27,9 +27,11 @@ from bench.world.server import KEY, Controller, IngestProcess, People
 from bench.world.wire import Wire
 from controller import invariants, ulid
 from controller.facts import Finding, Observed, Sent
-from controller.store import snapshot
+from controller.store import devices as registry_rows
+from controller.store import handout, snapshot
 from controller.store.tables import devices as registry
-from telemetry.store.database import writing
+from device_agent import agent
+from telemetry.store.database import reading, writing
 
 START = 1_800_000_000.0
 BEAT = 4.8  # seconds; less than the gap that still counts as heard (5 s)
@@ -160,6 +162,25 @@ class World:
         self.trace(f"{author} commits {name[:7]}: {', '.join(files)}")
         self.heap.after(0.2, self._hook)
         return name
+
+    def force(self, head: str | None, files: Mapping[str, str] | None = None) -> None:
+        """Point the branch at another commit, whatever was pushed meanwhile; then push files."""
+        self.repository.head = head
+        self.trace(f"somebody forces the branch to {str(head)[:7]}")
+        if files is not None:
+            self.commit(files)
+        self.heap.after(0.2, self._hook)
+
+    def hand_out(self, device: Device) -> None:
+        """The device asks the API for its order; nobody knows of it where it is not in touch."""
+        if device.agent is None or not device.reachable:
+            return
+        with reading(self.databases.control) as conn:
+            row = registry_rows.get(conn, device.name)
+            body = handout.order(conn, row, self.databases.telemetry) if row else None
+        if body is not None:
+            self.wire.handed(device.name, body)
+            device.hear(agent.DesiredArrived(payload=body))
 
     def ask(self, kind: str, rollout: str | None = texts.ROLLOUT, **body: Any) -> bool:
         with self._chance_of_ids():
