@@ -16,8 +16,8 @@ from device_agent.agent import Identity, Settings
 from device_agent.installers.slots import write_durably
 from device_agent.journal import Journal, JournalBroken
 from device_agent.machine import private_directory
+from device_agent.record import Limits
 from device_agent.runner import Cadence, Runner
-from device_agent.update import Limits
 
 
 class Failed(Exception):

@@ -18,7 +18,7 @@ Events
     AckArrived(payload)        bytes of `…/ack`
     Tick(facts)                about each second; facts: precondition → True | False | None
     HealthSampled(...)         one interval's samples; `components` = `agent.running()` at its start
-    Fact(fact)                 the machine's answer to an effect: update.Done, Failed,
+    Fact(fact)                 the machine's answer to an effect: work.Done, Failed,
                                SelfTestsDone, LinkProbed (see the table)
 
 Effects
@@ -45,7 +45,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-from device_agent import protocol, trust, update
+from device_agent import protocol, trust, update, work
 from device_agent.outbox import Waiting
 from device_agent.protocol import (
     Ack,
@@ -57,7 +57,9 @@ from device_agent.protocol import (
     Reported,
     State,
 )
-from device_agent.update import Echoed, Passed, Record, World
+from device_agent.record import Limits, Record, Update
+from device_agent.update import World
+from device_agent.work import Echoed, Passed
 
 MAX_STEP = 30.0  # seconds that one call can make pass, whatever the clock says
 
@@ -125,7 +127,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    limits: update.Limits = field(default_factory=update.Limits)
+    limits: Limits = field(default_factory=Limits)
     in_flight: int = 20  # unacknowledged messages on the link at once
     resend_after: float = 30.0  # seconds without an ack
     facts_fresh: float = 10.0  # seconds; an older fact is unknown
@@ -191,7 +193,7 @@ class HealthSampled:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    fact: update.Fact
+    fact: work.Fact
 
 
 Event = (
@@ -207,7 +209,7 @@ class Publish:
     retain: bool = False
 
 
-Effect = Publish | update.Effect
+Effect = Publish | work.Effect
 
 
 class Agent:
@@ -361,7 +363,7 @@ class Agent:
 
     # -- steps ------------------------------------------------------------------------------------
 
-    def _learn(self, fact: update.Fact, now: float) -> list[Effect]:
+    def _learn(self, fact: work.Fact, now: float) -> list[Effect]:
         return self._step(update.learn(self.record, fact, self._world(now)))
 
     def _step(self, step: update.Step) -> list[Effect]:
@@ -426,7 +428,7 @@ class Agent:
             log=refused.detail[:200],
         )
         if order is not None and self.state in update.TERMINAL:
-            rejected = update.Update(order=order, state=State.REJECTED, reason=str(refused.reason))
+            rejected = Update(order=order, state=State.REJECTED, reason=str(refused.reason))
             self._keep(replace(self.record, update=rejected))
             return
         self._report()  # the last word stays what the device really does

@@ -30,7 +30,7 @@ from device_agent import reconnect
 from device_agent.installers.slots import sync_directory
 from device_agent.machine import FetchRefused
 from device_agent.protocol import Reason
-from device_agent.update import Item
+from device_agent.work import Item
 
 if TYPE_CHECKING:  # imported where they are used: 3 MiB that a device needs for downloads only
     import http.client

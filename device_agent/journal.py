@@ -11,7 +11,7 @@ import sqlite3
 from pathlib import Path
 
 from device_agent.codec import from_wire, to_wire
-from device_agent.update import Record
+from device_agent.record import Record
 
 
 class JournalBroken(RuntimeError):

@@ -1,6 +1,6 @@
 """Does what the agent decided, on a real disk: cache, slots, self-tests. Blocking, on one thread.
 
-`Disk` answers every effect of `device_agent.update` with its fact; only the transfer itself is a
+`Disk` answers every effect of `device_agent.work` with its fact; only the transfer itself is a
 port, so that the simulator brings its own. An effect that comes again after a restart finds its
 work done, or does it again.
 """
@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from device_agent import selftests, update
+from device_agent import selftests, work
 from device_agent.installers.slots import InstallRefused, Slots
 from device_agent.protocol import Reason, State
-from device_agent.update import Item, SelfTestsDone
+from device_agent.work import Item, SelfTestsDone
 
 
 class FetchRefused(Exception):
@@ -53,23 +53,23 @@ class Disk:
         self._self_tests = self_tests or self._run_self_tests
         self._test_seconds = test_seconds
 
-    def execute(self, effect: update.Effect) -> update.Fact | None:
+    def execute(self, effect: work.Effect) -> work.Fact | None:
         """The answer to hand to the agent; None for effects that ask for none."""
         match effect:
-            case update.Fetch():
+            case work.Fetch():
                 return self._work(effect.attempt, State.DOWNLOADING, lambda: self._fetch(effect))
-            case update.Install():
+            case work.Install():
                 return self._work(effect.attempt, State.INSTALLING, lambda: self._install(effect))
-            case update.Activate():
+            case work.Activate():
                 to: dict[str, str | None] = {i.component: i.digest for i in effect.items}
                 return self._work(effect.attempt, State.ACTIVATING, lambda: self.slots.switch(to))
-            case update.SwitchBack():
+            case work.SwitchBack():
                 return self._work(effect.attempt, State.ROLLING_BACK, lambda: self._back(effect.to))
-            case update.RunSelfTests():
+            case work.RunSelfTests():
                 active = {c: self.slots.active(c) for c in effect.components}
                 paths = {c: slot.path for c, slot in active.items() if slot is not None}
                 return self._self_tests(paths, effect.attempt)
-            case update.Cleanup():
+            case work.Cleanup():
                 self.cleanup(effect.keep)
         return None
 
@@ -97,19 +97,17 @@ class Disk:
 
     # -- one effect -------------------------------------------------------------------------------
 
-    def _work(self, attempt: str, work: State, do: Callable[[], None]) -> update.Fact:
+    def _work(self, attempt: str, phase: State, do: Callable[[], None]) -> work.Fact:
         try:
             do()
         except (FetchRefused, InstallRefused) as refused:
-            return update.Failed(
-                attempt=attempt, work=work, reason=refused.reason, log=str(refused)
-            )
+            return work.Failed(attempt=attempt, work=phase, reason=refused.reason, log=str(refused))
         except OSError as error:
-            reason = _OS_REASONS[work]
-            return update.Failed(attempt=attempt, work=work, reason=reason, log=str(error))
-        return update.Done(attempt=attempt, work=work)
+            reason = _OS_REASONS[phase]
+            return work.Failed(attempt=attempt, work=phase, reason=reason, log=str(error))
+        return work.Done(attempt=attempt, work=phase)
 
-    def _fetch(self, effect: update.Fetch) -> None:
+    def _fetch(self, effect: work.Fetch) -> None:
         for item in effect.items:
             slot = self.slots.holding(item.component, item.digest)
             if slot is not None and self.slots.intact(slot):
@@ -127,7 +125,7 @@ class Disk:
             target.unlink(missing_ok=True)
             raise FetchRefused(Reason.DIGEST_MISMATCH, f"{item.component}: not {item.digest}")
 
-    def _install(self, effect: update.Install) -> None:
+    def _install(self, effect: work.Install) -> None:
         for item in effect.items:
             bundle = self.cached(item.digest)
             self.slots.install(item.component, item.release, item.digest, bundle)

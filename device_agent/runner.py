@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from device_agent import update
+from device_agent import work
 from device_agent.agent import (
     Agent,
     Connected,
@@ -132,7 +132,7 @@ class Runner:
             if isinstance(effect, Publish):
                 if self._link is not None:
                     self._link.publish(effect)
-            elif isinstance(effect, update.Cancel):
+            elif isinstance(effect, work.Cancel):
                 self._epoch += 1
                 self._halt.set()
             else:
@@ -155,13 +155,13 @@ class Runner:
             if event is not None:
                 self._events.put(event)
 
-    def _do(self, effect: update.Effect, epoch: int) -> Event | None:
+    def _do(self, effect: work.Effect, epoch: int) -> Event | None:
         self._halt.clear()
         if epoch != self._epoch or self._stop.is_set():
             return None
-        if isinstance(effect, update.ProbeLink):
+        if isinstance(effect, work.ProbeLink):
             alive = self._server_answers()
-            return Fact(update.LinkProbed(attempt=effect.attempt, alive=alive))
+            return Fact(work.LinkProbed(attempt=effect.attempt, alive=alive))
         fact = self._disk.execute(effect)
         return None if fact is None else Fact(fact)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from device_agent import protocol, update
+from device_agent import protocol, work
 from device_agent.agent import (
     AckArrived,
     Agent,
@@ -52,8 +52,9 @@ from device_agent.machine import Disk, boot_id, hash_file
 from device_agent.mqtt import PacketTypes, Properties, mqtt, secure
 from device_agent.outbox import Outbox
 from device_agent.protocol import Channel, ComponentReport, HistoryEntry, ProtocolError, Reason
+from device_agent.record import Limits, Record
 from device_agent.simulated_machine import DAY, Driver, Vehicle, share
-from device_agent.update import Limits, SelfTestsDone
+from device_agent.work import SelfTestsDone
 
 MOST = 1_000  # devices in one process
 KEEPALIVE = 60
@@ -299,7 +300,7 @@ class Device:
         self._disk = Disk(self._directory, transfer, self_tests=self._self_tests)
         driver = Driver(careful=plan.careful)
         self.vehicle = Vehicle(self.name, seed=plan.seed, pace=plan.pace, driver=driver)
-        self._effects: asyncio.Queue[update.Effect] = asyncio.Queue()
+        self._effects: asyncio.Queue[work.Effect] = asyncio.Queue()
         self._skew = 0.0
         self._offline_until = 0.0
         self._wait = 0.5
@@ -415,7 +416,7 @@ class Device:
         for effect in agent.handle(event, self._now()):
             if isinstance(effect, Publish):
                 self._link.publish(effect)
-            elif not isinstance(effect, update.Cancel):
+            elif not isinstance(effect, work.Cancel):
                 self._effects.put_nowait(effect)
         if agent.running() != self._ran:
             self._follow_slots()
@@ -423,10 +424,10 @@ class Device:
     async def _work(self) -> None:
         while True:
             effect = await self._effects.get()
-            if isinstance(effect, update.ProbeLink):
+            if isinstance(effect, work.ProbeLink):
                 # A car without a network finds no other road either.
                 alive = self.reachable and await self._server_answers()
-                self._handle(Fact(update.LinkProbed(attempt=effect.attempt, alive=alive)))
+                self._handle(Fact(work.LinkProbed(attempt=effect.attempt, alive=alive)))
                 continue
             fact = await self._loop.run_in_executor(self._workers, self._disk.execute, effect)
             if fact is not None:
@@ -506,7 +507,7 @@ class Device:
         made = self._directory / "journal.new"
         made.unlink(missing_ok=True)
         journal = Journal(made)
-        journal.save(replace(update.Record(), running=running, history=tuple(entries)))
+        journal.save(replace(Record(), running=running, history=tuple(entries)))
         journal.close()
         made.rename(self._directory / "journal.db")
 

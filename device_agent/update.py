@@ -36,6 +36,26 @@ from device_agent.protocol import (
     Reason,
     State,
 )
+from device_agent.record import Limits, Record, Update
+from device_agent.work import (
+    Activate,
+    Cancel,
+    Cleanup,
+    Done,
+    Echoed,
+    Effect,
+    Fact,
+    Failed,
+    Fetch,
+    Install,
+    Item,
+    LinkProbed,
+    Passed,
+    ProbeLink,
+    RunSelfTests,
+    SelfTestsDone,
+    SwitchBack,
+)
 
 MAX_KNOWN_BAD = 64
 SAFETY = frozenset({"landed", "disarmed", "parked"})  # these gate the way back as well
@@ -64,179 +84,7 @@ CANCELLABLE = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    trial_soak: float = 5.0  # seconds of trial before a commit
-    trial_deadline: float = 600.0  # seconds to self-tests and echo
-    boots: int = 3  # starts of the machine in one trial
-    installs: int = 2
-    backs: int = 3
-    transitions: int = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
-    """The order being carried out, or the last one that was."""
-
-    order: Desired
-    state: State
-    reason: str | None = None
-    blocked_by: tuple[str, ...] = ()
-    then: State | None = None  # of DEFERRED: the state that it waits to enter
-    targets: tuple[str, ...] = ()  # components this order changes
-    back: dict[str, ComponentReport | None] = field(default_factory=dict)  # what ran before
-    installs: int = 0
-    activations: int = 0
-    boots: int = 0
-    backs: int = 0
-    transitions: int = 0
-    elapsed: float = 0.0  # seconds of trial, by a clock that cannot jump
-    tests_ok: bool = False
-    echoed: bool = False
-    log: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """What survives a power cut."""
-
-    boot_count: int = 0
-    machine: str = ""  # the machine's own boot, as the agent found it at its last start
-    term: int = 0
-    generation: int = 0
-    order_hash: str = ""  # sha256 of the newest order's signed bytes
-    security_epoch: int = 0
-    running: dict[str, ComponentReport] = field(default_factory=dict)
-    known_bad: dict[str, int] = field(default_factory=dict)  # digest → generation that ended it
-    history: tuple[HistoryEntry, ...] = ()
-    update: Update | None = None
-    pending: Desired | None = None  # accepted while something could not be interrupted
-
-
-# -- effects: what the machine must do, each of them repeatable -----------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    component: str
-    release: str
-    digest: str
-    size: int
-    urls: tuple[str, ...]
-    installer: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetch:
-    """Have every item's artifact verified on the disk: from a slot, the cache, or its URLs."""
-
-    attempt: str
-    items: tuple[Item, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Install:
-    """Write every item into its inactive slot and read it back; what is there already stays."""
-
-    attempt: str
-    items: tuple[Item, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activate:
-    """Switch every item's component to the slot that holds its digest."""
-
-    attempt: str
-    items: tuple[Item, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSelfTests:
-    attempt: str
-    components: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwitchBack:
-    """Switch every component to the slot that holds this digest; None: to nothing at all."""
-
-    attempt: str
-    to: dict[str, str | None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancel:
-    """Stop working for this attempt; what it says from now on is ignored anyway."""
-
-    attempt: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeLink:
-    """Find out whether the server or any network answers, without the broker."""
-
-    attempt: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cleanup:
-    """Drop cached artifacts except these digests."""
-
-    keep: tuple[str, ...]
-
-
-Effect = Fetch | Install | Activate | RunSelfTests | SwitchBack | Cancel | ProbeLink | Cleanup
 Step = tuple[Record, tuple[Effect, ...]]
-
-
-# -- facts: what the machine answers --------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """Fetch, Install, Activate or SwitchBack of this attempt succeeded."""
-
-    attempt: str
-    work: State  # DOWNLOADING, INSTALLING, ACTIVATING or ROLLING_BACK
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    attempt: str
-    work: State
-    reason: Reason
-    log: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelfTestsDone:
-    attempt: str
-    ok: bool
-    log: str = ""
-    reason: Reason = Reason.SELF_TEST_FAILED  # or BOOT_FAILED, from a machine that can tell
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Echoed:
-    """The controller has echoed this attempt's nonce: the link works both ways."""
-
-    attempt: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkProbed:
-    attempt: str
-    alive: bool  # the server, or at least a network, answered
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passed:
-    """Time went by: seconds since the last call, never negative, never a jump."""
-
-    seconds: float
-
-
-Fact = Done | Failed | SelfTestsDone | Echoed | LinkProbed | Passed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

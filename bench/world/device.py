@@ -17,11 +17,11 @@ from bench.world.machine import MemoryDisk, MemoryJournal, MemoryOutbox, Started
 from bench.world.points import Killed, Points
 from bench.world.wire import Wire
 from controller.facts import Seen, Start
-from device_agent import agent, update
+from device_agent import agent, update, work
 from device_agent.agent import Agent, Effect, Event, Identity, Publish, Settings
 from device_agent.protocol import Channel, ComponentReport, Kind, Reason, State
+from device_agent.record import Limits, Record
 from device_agent.trust import lease_holds
-from device_agent.update import Limits, Record
 
 HEARTBEAT = 6.0  # seconds between health messages
 RECONNECT = 1.5
@@ -231,25 +231,25 @@ class Device:
         match effect:
             case Publish():
                 self._publish(effect)
-            case update.Fetch():
+            case work.Fetch():
                 self._work(effect, State.DOWNLOADING, 0.6)
-            case update.Install():
+            case work.Install():
                 self._note_lease(effect.attempt)
                 self._work(effect, State.INSTALLING, 0.4)
-            case update.Activate():
+            case work.Activate():
                 self._about_now = self._about(None)
                 self._work(effect, State.ACTIVATING, 0.3)
-            case update.SwitchBack():
+            case work.SwitchBack():
                 self._work(effect, State.ROLLING_BACK, 0.3)
-            case update.RunSelfTests():
+            case work.RunSelfTests():
                 self._later(0.2 + 0.5 * self._chance.random(), lambda: self._tested(effect))
-            case update.ProbeLink():
+            case work.ProbeLink():
                 alive = self.reachable
                 self._later(
-                    0.1, lambda: self.fact(update.LinkProbed(attempt=effect.attempt, alive=alive))
+                    0.1, lambda: self.fact(work.LinkProbed(attempt=effect.attempt, alive=alive))
                 )
 
-    def fact(self, fact: update.Fact) -> None:
+    def fact(self, fact: work.Fact) -> None:
         self.hear(agent.Fact(fact))
 
     def _publish(self, effect: Publish) -> None:
@@ -260,10 +260,10 @@ class Device:
             return
         self._wire.say(self.name, effect.topic, effect.payload)
 
-    def _work(self, effect: update.Effect, state: State, seconds: float) -> None:
+    def _work(self, effect: work.Effect, state: State, seconds: float) -> None:
         self._later(seconds * (0.5 + self._chance.random()), lambda: self._do(effect, state))
 
-    def _do(self, effect: update.Effect, state: State) -> None:
+    def _do(self, effect: work.Effect, state: State) -> None:
         with self._points.by(self.name):
             try:
                 reason = self._disk(effect)
@@ -273,21 +273,21 @@ class Device:
                 return
         self.fact(answer(effect, state, reason))
 
-    def _disk(self, effect: update.Effect) -> Reason | None:
+    def _disk(self, effect: work.Effect) -> Reason | None:
         match effect:
-            case update.Fetch():
+            case work.Fetch():
                 there = all(self.disk.holds(item) for item in effect.items)
                 fails = not there and self._chance.random() < self.flaky
                 return Reason.DOWNLOAD_FAILED if fails else None
-            case update.Install():
+            case work.Install():
                 self.disk.install(effect.items)
-            case update.Activate():
+            case work.Activate():
                 to: dict[str, str | None] = {i.component: i.digest for i in effect.items}
                 about = replace(self._about_now or self._about(None), at=self._heap.now)
                 reason = self.disk.switch(to, about)
                 self._fade()
                 return reason
-            case update.SwitchBack():
+            case work.SwitchBack():
                 for component, digest in effect.to.items():
                     if digest is not None:  # lost slots come from the cache
                         self.disk.slots.setdefault(component, set()).add(digest)
@@ -328,13 +328,13 @@ class Device:
             late=order is not None and order.attempt in self._late,
         )
 
-    def _tested(self, effect: update.RunSelfTests) -> None:
+    def _tested(self, effect: work.RunSelfTests) -> None:
         ok = all(
             self._share(digest, "boots") < self._nature(digest).boots
             for digest in self.disk.active.values()
         )
         reason = Reason.SELF_TEST_FAILED if ok else Reason.BOOT_FAILED
-        self.fact(update.SelfTestsDone(attempt=effect.attempt, ok=ok, reason=reason))
+        self.fact(work.SelfTestsDone(attempt=effect.attempt, ok=ok, reason=reason))
 
     # -- a heartbeat ------------------------------------------------------------------------------
 

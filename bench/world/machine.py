@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.world.points import Points
-from device_agent import update
+from device_agent import work
 from device_agent.codec import from_wire, to_wire
 from device_agent.outbox import Waiting
 from device_agent.protocol import Channel, Reason, State
-from device_agent.update import Item, Record
+from device_agent.record import Record
+from device_agent.work import Item
 
 
 class MemoryJournal:
@@ -151,9 +152,9 @@ class MemoryDisk:
         return None
 
 
-def answer(effect: update.Effect, state: State, reason: Reason | None) -> update.Fact:
+def answer(effect: work.Effect, state: State, reason: Reason | None) -> work.Fact:
     """The fact that answers Fetch, Install, Activate or SwitchBack."""
     attempt: Any = effect.attempt  # type: ignore[union-attr]
     if reason is None:
-        return update.Done(attempt=attempt, work=state)
-    return update.Failed(attempt=attempt, work=state, reason=reason)
+        return work.Done(attempt=attempt, work=state)
+    return work.Failed(attempt=attempt, work=state, reason=reason)

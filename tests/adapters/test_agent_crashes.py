@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from controller.keys import DirectorKey
-from device_agent import update
+from device_agent import update, work
 from device_agent.agent import (
     AckArrived,
     Agent,
@@ -39,7 +39,8 @@ from device_agent.protocol import (
     decode,
     encode,
 )
-from device_agent.update import Item, Limits
+from device_agent.record import Limits, Record
+from device_agent.work import Item
 
 NOW = 1_800_000_000.0
 KEY = DirectorKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
@@ -65,7 +66,7 @@ class CutJournal(Journal):
         super().__init__(path)
         self._left, self._before = at, before
 
-    def save(self, record: update.Record) -> None:
+    def save(self, record: Record) -> None:
         self._left -= 1
         if self._left == 0 and self._before:
             raise PowerCut
@@ -283,10 +284,10 @@ def test_a_broker_outage_in_trial_extends_it(device: Device, server: Server) -> 
     for _ in range(70):
         device.now += 1
         for effect in device.agent.handle(Tick(facts={}), device.now):
-            if isinstance(effect, update.ProbeLink):
-                device.do(Fact(update.LinkProbed(attempt=effect.attempt, alive=True)))
+            if isinstance(effect, work.ProbeLink):
+                device.do(Fact(work.LinkProbed(attempt=effect.attempt, alive=True)))
     assert device.agent.state is State.TRIAL
-    device.do(Fact(update.LinkProbed(attempt="try-1", alive=False)))
+    device.do(Fact(work.LinkProbed(attempt="try-1", alive=False)))
     assert device.reports[-1].reason == "link_lost"
     assert device.agent.record.known_bad == {}
 

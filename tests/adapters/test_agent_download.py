@@ -14,7 +14,7 @@ import pytest
 from device_agent.download import Downloader, Patience
 from device_agent.machine import FetchRefused, hash_file
 from device_agent.protocol import Reason
-from device_agent.update import Item
+from device_agent.work import Item
 
 BODY = bytes(range(256)) * 1000
 QUICK = Patience(deadline=20.0, timeout=2.0, first_wait=0.01, longest_wait=0.02)

@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from device_agent.protocol import ComponentOrder, ComponentReport, Desired, Kind, Reason, State
-from device_agent.update import (
+from device_agent.record import Record, Update
+from device_agent.update import Step, World, learn, obey, restart
+from device_agent.work import (
     Activate,
     Cancel,
     Done,
@@ -15,16 +17,9 @@ from device_agent.update import (
     Fetch,
     Install,
     Passed,
-    Record,
     RunSelfTests,
     SelfTestsDone,
-    Step,
     SwitchBack,
-    Update,
-    World,
-    learn,
-    obey,
-    restart,
 )
 
 OLD, NEW = "sha256:" + "0" * 64, "sha256:" + "1" * 64

@@ -16,7 +16,7 @@ from controller.fleetrepo import FleetRepo, RepoUnavailable
 from device_agent.journal import Journal
 from device_agent.outbox import Outbox
 from device_agent.protocol import Channel, ComponentReport
-from device_agent.update import Record
+from device_agent.record import Record
 
 DIGEST = "sha256:" + "a" * 64
 
