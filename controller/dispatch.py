@@ -165,7 +165,7 @@ class Dispatch:
         if target is None:
             return None
         last = place.last
-        again = place.foreign or self._stale(last, row, now)
+        again = place.foreign or self._stale(last, row, now) or _back_there(place, target)
         if not (again or desired.differs(target, last, place.running)):
             return None
         if last is None and row is None:
@@ -288,6 +288,12 @@ def _covers(world: World, hold: ActiveHold, device: Device, memberships: Sequenc
             if scope.covers(hold.scope, device, member, world.pinned.get(name)):
                 return True
     return False
+
+
+def _back_there(place: desired.Place, target: desired.Target) -> bool:
+    """Is what it failed at the only way away from what it runs? Then it is told that once more."""
+    leads_away = place.failed and target.kind is Kind.ROLLBACK
+    return leads_away and desired.moves(target, place.running)
 
 
 def _leads_away(place: desired.Place, target: desired.Target) -> bool:

@@ -16,7 +16,7 @@ from controller.evidence import Evidence
 from controller.memory import Memory
 from controller.rollout import standing
 from controller.rollout.ears import Ears
-from controller.rollout.model import Arm
+from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
 from controller.rollout.world import World
 from telemetry.report import DeviceRow, TelemetryReader
 
@@ -110,13 +110,13 @@ class Listening:
         )
 
     def _crowd(self) -> bool:
-        """Were devices heard lately to whom no current step has done anything?"""
+        """Were devices heard lately to whom no rollout was doing anything?"""
         touched = {
             member.device
             for rollout in self._memory.rollouts.values()
-            if rollout.active
+            if rollout.active or rollout.state is RolloutState.ROLLING_BACK
             for member in self._memory.members.get(rollout.id, {}).values()
-            if member.step == rollout.step and member.arm is Arm.EXPOSED
+            if _under_way(rollout, member)
         }
         since = self._last_word - LATELY
         lately = (d for d, row in self.seen.items() if row.heard_clock > since)
@@ -136,3 +136,11 @@ class Listening:
         if (row.reported_at or 0.0) > since + HEED:
             self._resent[row.device] = now
             self.unheeded.add(row.device)
+
+
+def _under_way(rollout: Rollout, member: Member) -> bool:
+    """Is this device being updated or taken back, or was it never heard since it was?"""
+    if member.arm is not Arm.EXPOSED:
+        return False
+    proven = member.step < rollout.step and member.state is MemberState.UPDATED
+    return rollout.state is RolloutState.ROLLING_BACK or not proven

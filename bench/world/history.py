@@ -19,7 +19,7 @@ from bench.world.script import BUSY, DAY, Script
 from bench.world.world import World
 from controller.dispatch import SETTLES
 from controller.facts import Finding
-from controller.store.tables import desired, rollouts
+from controller.store.tables import desired, holds, rollouts
 from telemetry.store.database import reading
 from telemetry.store.prepared import Prepared
 
@@ -148,11 +148,16 @@ def _unfinished(world: World) -> list[Finding]:
         stuck = conn.execute(
             select(rollouts.c.release).where(rollouts.c.state == "RollingBack")
         ).all()
+        in_force = conn.execute(select(holds.c.artifacts).where(holds.c.lifted_at.is_(None)))
+        rejected = {digest for artifacts in in_force.scalars() for digest in artifacts}
     for row in orders:
         device = world.devices[row.device]
         record = device.journal.saved
         if record is None or not device.in_service or device.liar:
             continue
+        overtaken = any(told["digest"] in rejected for told in row.components.values())
+        if overtaken and not any(sent.payload == bytes(row.body) for sent in world.wire.sent):
+            continue  # withheld: a hold came before it left
         if row.at > world.now - 2 * QUIET:  # it is on its way: patience ended before its arrival
             continue
         if (record.term, record.generation) < (row.term, row.generation):

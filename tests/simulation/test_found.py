@@ -330,3 +330,37 @@ def test_all_run_it_and_the_database_is_lost_before_it_is_rejected(world: World)
     running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
     assert running == {texts.artifact("1")}
     assert world.check() == []
+
+
+def test_a_release_that_silences_all_is_no_cut_road(world: World) -> None:
+    """Seed 211202: all were told it, the last before the first had answered; nobody is heard."""
+    for n in range(6, 12):
+        world.enrol(f"car-{n}").start()
+        world.register(f"car-{n}")
+    world.run(6)
+    world.natures[texts.artifact("2")] = Nature(silent=1.0)
+    publish(world, "2")
+    world.run(2)
+    assert world.ask("promote")
+    world.run(6)
+    assert world.ask("rollback")
+    publish(world, "3")
+    world.run(120)
+    with reading(world.databases.control) as conn:
+        states = set(conn.execute(select(rollouts.c.state)).scalars())
+    assert "RollingBack" not in states
+    assert world.check() == []
+
+
+def test_what_a_device_failed_at_is_told_again_when_it_is_the_only_way_away(world: World) -> None:
+    """Seed 211211: what all left the factory with is rejected; one could not download the other."""
+    world.devices["car-5"].flaky = 1.0
+    publish(world, "2")
+    world.run(60)
+    world.devices["car-5"].flaky = 0.0
+    text = texts.hold(HOLD, "1", texts.digest_of("1"), to="previous", at="2027-01-15T08:00:00Z")
+    world.commit({f"holds/{HOLD}.yaml": text})
+    world.run(60)
+    running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
+    assert running == {texts.artifact("2")}
+    assert world.check() == []
