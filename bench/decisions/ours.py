@@ -27,7 +27,7 @@ POLICY = Policy(
     name="plan-4",
     gates=(Gate(metric="update_ok", type=GateType.PROPORTION), INCIDENT, WARMTH),
     engine=Engine(
-        failed_margins=(0.08, 0.04, 0.013),
+        failed_margins=(0.07, 0.04, 0.013),
         ratio_margins=(1.9, 1.7, 1.3),
         first_weight=0.1,
         late_weight=0.1,
@@ -209,16 +209,16 @@ class Ours(Rollout):
 
         started, failed = many(self.started), many(self.failed())
         gone = many(self.bricked() & self.declared_silent(hour.at))
-        pending = many(self.bricked() & ~self.declared_silent(hour.at))
+        away = many(self.bricked() & ~self.declared_silent(hour.at))
         return tuple(
             Outcome(
                 wave=s // kinds,
                 hardware=HARDWARE[s % kinds],
                 started=int(started[s]),
-                committed=int(started[s] - failed[s] - gone[s] - pending[s]),
+                committed=int(started[s] - failed[s] - gone[s] - away[s]),
                 failed=int(failed[s]),
                 lost=int(gone[s]),
-                pending=int(pending[s]),
+                activating=int(away[s]),
             )
             for s in range(slots)
             if started[s]

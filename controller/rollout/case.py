@@ -91,6 +91,7 @@ def _outcomes(groups: Mapping[Alike, int]) -> tuple[Outcome, ...]:
             failed=words["failed"],
             silent=words["silent"],
             lost=words["lost"],
+            activating=words["activating"],
             pending=words["pending"],
         )
         for (wave, hardware), words in sorted(counted.items())
@@ -108,11 +109,13 @@ def outcome(member: Member, row: DeviceRow | None) -> str:
             return "committed"
         case MemberState.SILENT:
             return "lost" if row is not None and row.state is State.ACTIVATING else "silent"
+        case MemberState.TOLD if row is not None and row.attempt == member.attempt:
+            if row.state is State.ACTIVATING:
+                return "activating"
+            begun = row.state in (State.INSTALLING, State.INSTALLED)
+            return "pending" if begun or member.exposed_at is not None else ""
         case MemberState.TOLD if member.exposed_at is not None:
             return "pending"
-        case MemberState.TOLD if row is not None and row.attempt == member.attempt:
-            begun = row.state in (State.INSTALLING, State.INSTALLED, State.ACTIVATING)
-            return "pending" if begun else ""
     return ""
 
 

@@ -11,8 +11,8 @@ Pure: a `Case` in, a `Judgement` out; the case is stored with the decision and j
 4. At the maximum soak: inconclusive where nothing speaks against it (A ≤ 1), else wait and page.
 5. Wait otherwise. NaN and missing data pass no gate; no events is not "safe".
 
-Pending devices count as successes for rule 2 and as failures for rule 3. Dry-run gates are judged
-and shown, never acted on.
+Activating and pending devices count as successes for rule 2 and as failures for rule 3. Dry-run
+gates are judged and shown, never acted on.
 
 How n, margin and budget relate (no failure, β = 0.10): a share below M is proven by about 3.5/M
 devices: 44 for 8 %, 34 for 10 %, 143 for 2.5 %; a canary of 10 needs `margins: {failed: 0.3, lost:
@@ -33,10 +33,10 @@ import numpy as np
 from telemetry.evidence import curves, first_events, guardrails, outcome
 from telemetry.evidence.guardrails import Reading
 from telemetry.evidence.observations import Observations
+from telemetry.evidence.proofs import Proof, proof
 from telemetry.policy import UPDATE_OK, Engine, Gate, GateType, Policy, built, plain
 
-LOST, SILENCE = "lost", "silence"
-_SPEAKS = 2  # × the devices that refute a margin without a failure: a hardware judged by itself
+FAILED, LOST, SILENCE = "failed", "lost", "silence"
 _CONTROL_SPEAKS = 20  # devices in control from which their silence is a measure
 
 
@@ -58,7 +58,8 @@ class Outcome:
     failed: int = 0  # reported failure, failed boot, returned to the old release by themselves
     silent: int = 0  # activated and never confirmed: no contact since
     lost: int = 0  # last word ACTIVATING, no TRIAL within the time to return
-    pending: int = 0
+    activating: int = 0  # last word ACTIVATING, within the time to return: lost, for all one knows
+    pending: int = 0  # begun otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,19 +142,6 @@ class Judgement:
     numbers: Mapping[str, Any]  # JSON: total, limit, guardrails, binding, page, unproven
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shares:
-    """Safe evidence of the outcomes of all waves so far."""
-
-    name: str
-    margin: float
-    bad: int
-    n: int
-    safe: float
-    lacks: str
-    unproven: tuple[str, ...]  # hardware with too few devices to prove anything
-
-
 def judge(case: Case) -> Judgement:
     """The verdict on a step, with the one sentence that explains it."""
     engine = case.policy.engine
@@ -185,7 +173,7 @@ def judge(case: Case) -> Judgement:
     numbers = numbers | {
         "binding": binding,
         "missing": [text for _, text in missing],
-        "grow": _wants_devices(case, [name for name, _ in missing], proofs),
+        "grow": _wants_devices(case, [name for name, _ in missing], readings, proofs),
     }
     more = f"; and {len(missing) - 1} more" if len(missing) > 1 else ""
     if case.step.max_soak is not None and case.step.soaked >= case.step.max_soak:
@@ -304,19 +292,28 @@ def _weights(policy: Policy) -> dict[str, float]:
     return {name: weight / total for name, weight in raw.items()} if total > 0 else raw
 
 
-def _proofs(case: Case) -> list[_Shares]:
-    """Failed, and failed or lost (silent, pending), with every hardware that has enough devices."""
+def _proofs(case: Case) -> list[Proof]:
+    """Failed, and failed or lost (silent, pending), with every hardware that has enough devices.
+
+    Who activates may be lost, and that shows later than a success: left out until it is known, a
+    wave that has just been doubled would look better than it is.
+    """
     engine, step = case.policy.engine, case.step
     silent: dict[str, int] = {}
     for each in case.silence:
         silent[each.hardware] = silent.get(each.hardware, 0) + each.exposed_silent
     failed: dict[str, tuple[int, int]] = {}
     lost: dict[str, tuple[int, int]] = {}
+    away = 0
     for one in case.outcomes:
         s, n = failed.get(one.hardware, (0, 0))
-        failed[one.hardware] = s + one.failed, n + one.started - one.pending
+        away += one.lost + one.activating
+        failed[one.hardware] = (
+            s + one.failed + one.lost + one.activating,
+            n + one.started - one.pending,
+        )
         s, n = lost.get(one.hardware, (0, 0))
-        gone = one.failed + one.silent + one.lost + one.pending
+        gone = one.failed + one.silent + one.lost + one.activating + one.pending
         lost[one.hardware] = s + gone, n + one.started
     half = _lost_margin(engine, step) / 2
     for hardware, count in silent.items():  # silent after its commit: as good as lost
@@ -327,8 +324,14 @@ def _proofs(case: Case) -> list[_Shares]:
             n,
         )
     return [
-        _proof(engine, "failed", failed, _failed_margin(engine, step)),
-        _proof(engine, "failed or lost", lost, _lost_margin(engine, step)),
+        proof(
+            engine,
+            FAILED,
+            failed,
+            _failed_margin(engine, step),
+            "failed or not back from activation" if away else "failed",
+        ),
+        proof(engine, "failed or lost", lost, _lost_margin(engine, step)),
     ]
 
 
@@ -343,35 +346,6 @@ def _usually(case: Case, hardware: str, devices: int, most: float) -> int:
         return 0
     share = sum(one.control_silent for one in parts) / control
     return math.floor(devices * min(share, most))
-
-
-def _proof(
-    engine: Engine, name: str, groups: Mapping[str, tuple[int, int]], margin: float
-) -> _Shares:
-    bad, n = (sum(group[i] for group in groups.values()) for i in (0, 1))
-    safe = outcome.safe(engine, bad, n, margin)
-    enough = outcome.needed(engine, margin)
-    worst, unproven = ("", bad, n), []
-    for hardware, (s, started) in sorted(groups.items()) if len(groups) > 1 else ():
-        own = outcome.safe(engine, s, started, margin)
-        if own < 1 / engine.beta and started < _SPEAKS * enough:
-            unproven.append(hardware)
-        elif own < safe:
-            safe, worst = own, (f" of hardware {hardware}" if hardware else "", s, started)
-    (where, s, started), need = worst, outcome.needed(engine, margin, min(worst[1], worst[2]))
-    lacks = (
-        f"{UPDATE_OK}: {started - s} of {need - s} devices{where} needed without failure to refute "
-        f"{margin * 100:.3g} % {name}" + (f" ({s} {name})" if s else "")
-    )
-    return _Shares(
-        name=name,
-        margin=margin,
-        bad=bad,
-        n=n,
-        safe=safe,
-        lacks=lacks,
-        unproven=tuple(unproven),
-    )
 
 
 # -- the rungs ------------------------------------------------------------------------------------
@@ -421,13 +395,13 @@ def _hit(case: Case, gate: Gate) -> tuple[int, int]:
     return sum(total.first for total in exposed), sum(total.devices for total in exposed)
 
 
-def _missing(case: Case, readings: list[Reading], proofs: list[_Shares]) -> list[tuple[str, str]]:
+def _missing(case: Case, readings: list[Reading], proofs: list[Proof]) -> list[tuple[str, str]]:
     """(guardrail, what it lacks), the binding one first. Empty: every rule of widening is met."""
     step, enough = case.step, 1 / case.policy.engine.beta
     found: list[tuple[float, str, str]] = []
-    for proof in proofs:
-        if not proof.safe >= enough:  # NaN passes no gate
-            found.append((_rank(proof.safe), proof.name, proof.lacks))
+    for each in proofs:
+        if not each.safe >= enough:  # NaN passes no gate
+            found.append((_rank(each.safe), each.name, each.lacks))
     for reading in readings:
         if reading.safe is None or reading.dry_run:
             continue
@@ -452,11 +426,18 @@ def _missing(case: Case, readings: list[Reading], proofs: list[_Shares]) -> list
     return missing
 
 
-def _wants_devices(case: Case, missing: list[str], proofs: list[_Shares]) -> bool:
-    """Would more devices help where more time cannot? Soaked, every outcome known, none proven."""
+def _wants_devices(
+    case: Case, missing: list[str], readings: list[Reading], proofs: list[Proof]
+) -> bool:
+    """Would more devices help where more time cannot? Soaked, every outcome known, none proven.
+
+    A rate or level may lack proof as well, more devices help it too, but not speak against.
+    """
     here = [one for one in case.outcomes if one.wave == case.step.wave]
-    known = bool(here) and not any(one.pending for one in here)
-    return known and set(missing) <= {proof.name for proof in proofs}
+    known = bool(here) and not any(one.activating or one.pending for one in here)
+    lacking, outcomes = set(missing), {one.name for one in proofs}
+    quiet = {r.name for r in readings if r.harm < 1 / case.policy.engine.beta}
+    return known and (lacking <= outcomes or (FAILED in lacking and lacking <= outcomes | quiet))
 
 
 def _uneven(case: Case) -> str:
@@ -507,7 +488,7 @@ def _of(values: tuple[float, ...], wave: int) -> float:
 # -- words and numbers ----------------------------------------------------------------------------
 
 
-def _widened(case: Case, readings: list[Reading], proofs: list[_Shares]) -> str:
+def _widened(case: Case, readings: list[Reading], proofs: list[Proof]) -> str:
     gone = proofs[-1]
     _, high = outcome.band(case.policy.engine, gone.bad, gone.n)
     parts = [
@@ -515,7 +496,7 @@ def _widened(case: Case, readings: list[Reading], proofs: list[_Shares]) -> str:
         f"failed or lost, limit {gone.margin * 100:.3g} %"
     ]
     parts += [r.says for r in readings if r.safe is not None and not r.dry_run]
-    unproven = sorted({h for proof in proofs for h in proof.unproven})
+    unproven = sorted({h for one in proofs for h in one.unproven})
     if unproven:
         parts.append(f"unproven for want of devices: {', '.join(unproven)}")
     return f"WIDENED — {'; '.join(parts)}; soaked {_span(case.step.soaked)}"
@@ -539,7 +520,7 @@ def _numbers(
     readings: list[Reading],
     weights: list[float],
     total: float,
-    proofs: list[_Shares],
+    proofs: list[Proof],
 ) -> dict[str, Any]:
     engine = case.policy.engine
     return {
@@ -562,10 +543,10 @@ def _numbers(
             for reading, weight in zip(readings, weights, strict=True)
         },
         "proofs": {
-            proof.name: {"bad": proof.bad, "n": proof.n, "safe": proof.safe, "margin": proof.margin}
-            for proof in proofs
+            one.name: {"bad": one.bad, "n": one.n, "safe": one.safe, "margin": one.margin}
+            for one in proofs
         },
-        "unproven": sorted({h for proof in proofs for h in proof.unproven}),
+        "unproven": sorted({h for one in proofs for h in one.unproven}),
         "soaked": case.step.soaked,
         "valid_from": case.step.valid_from,
         "page": False,

@@ -192,7 +192,7 @@ def _as_look(look: Seen) -> rivals.Look:
     here = [one for one in case.outcomes if one.wave == case.step.wave]
     failed, started = sum(o.failed for o in here), sum(o.started for o in here)
     timed_out = sum(o.silent + o.lost for o in here)
-    pending = sum(o.pending for o in here)
+    pending = sum(o.activating + o.pending for o in here)
     loudest = _loudest(case)
     sums = {"exposed": (0.0, 0.0), "control": (0.0, 0.0)}
     for total in case.observations.metric(loudest).totals if loudest else ():
