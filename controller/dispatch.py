@@ -205,7 +205,7 @@ class _View:
 
     world: World
     now: float
-    _holds: dict[str, list[ActiveHold]] = field(default_factory=dict)
+    _holds: dict[str, tuple[list[ActiveHold], frozenset[str]]] = field(default_factory=dict)
     _proofs: Proofs | None = None
     _withholding: dict[str, list[Rollout]] = field(default_factory=dict)
 
@@ -218,10 +218,7 @@ class _View:
         before: float | None,
     ) -> desired.Place:
         world, fleet = self.world, device.fleet
-        if fleet not in self._holds:
-            self._holds[fleet] = [hold for hold in world.holds if hold.fleet == fleet]
-        holds = [h for h in self._holds[fleet] if _covers(world, h, device, memberships)]
-        rejected = frozenset[str]().union(*(hold.artifacts for hold in holds))
+        holds, rejected = self._held(device, memberships)
         speaking: list[tuple[Rollout, Member]] = []
         past: dict[str, Member] = {}
         stays = set()
@@ -233,7 +230,7 @@ class _View:
                 speaking.append((rollout, member))
             if member.previous and member.state is not MemberState.DRAWN:
                 known = past.get(rollout.name)
-                if member.leads_back(rejected) or not (known and known.leads_back(rejected)):
+                if known is None or member.leads_back(rejected) or not known.leads_back(rejected):
                     past[rollout.name] = member
         declared = world.head.manifests.fleets.get(fleet) if world.head else None
         return desired.Place(
@@ -251,6 +248,19 @@ class _View:
             failed=retreat.failed_forward(row, last),
             foreign=recovery.foreign(device, row, last, before),
         )
+
+    def _held(
+        self, device: Device, memberships: Sequence[str]
+    ) -> tuple[Sequence[ActiveHold], frozenset[str]]:
+        """The holds that cover the device, and what they reject."""
+        if device.fleet not in self._holds:
+            holds = [hold for hold in self.world.holds if hold.fleet == device.fleet]
+            self._holds[device.fleet] = holds, _rejected(holds)
+        holds, rejected = self._holds[device.fleet]
+        if all(hold.whole for hold in holds):
+            return holds, rejected
+        some = [h for h in holds if _covers(self.world, h, device, memberships)]
+        return some, _rejected(some)
 
     def _proven_for(self, device: Device, rejected: frozenset[str]) -> Mapping[str, Proven]:
         world, fleet = self.world, device.fleet
@@ -273,6 +283,10 @@ class _View:
                 self._withholding[fleet], world.pinned, fleet, device.id, self.now
             )
         return self._proofs.newest(device, without=without, rejected=rejected)
+
+
+def _rejected(holds: Sequence[ActiveHold]) -> frozenset[str]:
+    return frozenset[str]().union(*(hold.artifacts for hold in holds))
 
 
 def _covers(world: World, hold: ActiveHold, device: Device, memberships: Sequence[str]) -> bool:
