@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -23,9 +23,11 @@ from controller.manifests.kinds import Fleet, HealthPolicy, Release, Rollout
 from controller.rollout.waves import pin
 from controller.store import approvals, tables
 from controller.store.rollouts import put_meta
-from telemetry.store import bulk
+from telemetry.store import bulk, sums
 from telemetry.store import tables as heard
 from telemetry.store.database import writing
+from telemetry.store.fold import Known
+from telemetry.store.rollups import Hour, Rollups
 
 DAY = 86_400.0
 _BATCH = 500  # devices that spoke in one batch
@@ -498,20 +500,18 @@ def _devices(conn: Connection, tele: Connection, history: _History, chance: rand
     bulk.insert(tele, heard.contacts, contacts)
     bulk.insert(tele, heard.reports, reports)
     _put(conn, tables.desired, orders)
-    bulk.insert(tele, heard.rollups, list(_rollups(history.devices, now, chance)))
+    sums.write(tele, _measured(history.devices, now, chance).devices, Known())
 
 
-def _rollups(
-    devices: Sequence[str], now: float, chance: random.Random
-) -> Iterator[tuple[Any, ...]]:
-    from telemetry.store.rollups import Kind
-
-    hour = int(now // 3_600) - 2
+def _measured(devices: Sequence[str], now: float, chance: random.Random) -> Rollups:
+    """What each device said of the hour before the last."""
+    found = Rollups()
     for device in devices:
-        yield hour, device, int(Kind.EXPOSURE), "device_hour", 1, 40.0, 0.0
-        events = int(chance.random() < 0.3) * chance.randint(1, 6)
-        if events:
-            yield hour, device, int(Kind.COUNTER), "disengagement", 1, float(events), 0.0
+        hour = Hour(exposure={"device_hour": 40.0})
+        if events := int(chance.random() < 0.3) * chance.randint(1, 6):
+            hour.counters["disengagement"] = events
+        found.of(device).hours[int(now // 3_600) - 2] = hour
+    return found
 
 
 def _report(device: str, runs: Release, before: Release, state: str, now: float) -> tuple[Any, ...]:

@@ -59,6 +59,17 @@ class Counted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Summed:
+    """One counter of one device, added up in three ways that must agree."""
+
+    device: str
+    counter: str
+    messages: float
+    hours: float
+    ever: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
     """The rows of both databases; columns as in `controller.store.tables`."""
 
@@ -77,7 +88,7 @@ class Tables:
     reports: Sequence[DeviceRow] = ()
     health: Sequence[tuple[str, str, int]] = ()  # (device, boot, seq) of every raw message kept
     boots: Mapping[tuple[str, str], Counted] = field(default_factory=dict)
-    sums: Sequence[tuple[str, str, float, float]] = ()  # device, counter, of raw, of rollups
+    sums: Sequence[Summed] = ()
     hearing_at: float | None = None  # when the service last heard its own probe
 
 

@@ -11,6 +11,7 @@ few hours are read from the messages themselves, where these are still kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from controller.rollout.model import Rollout, RolloutState
 from controller.rollout.waves import Pinned
 from controller.store import views
 from controller.store.tables import decisions, devices, rollouts
-from telemetry.outcomes import Outcome, Shipped, Stratum, delivery, goal, measure
+from telemetry.outcomes import Outcome, Shipped, Stratum, delivery, goal, measure, series_of
 from telemetry.report import HealthRow, TelemetryReader, Totals, added
 
 DAY = 86_400.0
@@ -94,22 +95,24 @@ def _strata(
         return [], WAITING
     ended = float(row.flags.get("ended_at", math.inf)) if row.state in _REJECTED else math.inf
     engine = pinned.policy.judged.engine
+    names = series_of([goal(aim) for aim in pinned.policy.goals])
     before = reader.totals(
         since=row.opened_at - engine.baseline_days * DAY,
         until=math.floor(row.opened_at / HOUR) * HOUR,
+        names=names,
     )
     held = _held_out(conn, row, pinned)
     drawn = frozenset[str]().union(*(draw.exposed for draw in draws))
     if held - drawn:
         until = min(now, ended, holdout.until(_rollout(row), pinned))
-        since = _between(reader, draws[-1], until)
+        since = _between(reader, draws[-1], until, names)
         return [Stratum(treated=drawn, control=held - drawn, before=before, since=since)], HOLDOUT
     strata = []
     for place, draw in enumerate(draws):
         following = draws[place + 1].at if place + 1 < len(draws) else math.inf
         until = min(now, ended, following)
         if draw.exposed and draw.control and until > draw.at:
-            since = _between(reader, draw, until)
+            since = _between(reader, draw, until, names)
             strata.append(
                 Stratum(treated=draw.exposed, control=draw.control, before=before, since=since)
             )
@@ -130,10 +133,10 @@ def _draws(conn: Connection, rollout: str) -> list[_Draw]:
     ]
 
 
-def _between(reader: TelemetryReader, draw: _Draw, until: float) -> Totals:
+def _between(reader: TelemetryReader, draw: _Draw, until: float, names: Collection[str]) -> Totals:
     """Sums of what happened after a draw, until a moment."""
     if until - draw.at > SHORT:
-        return reader.totals(since=math.ceil(draw.at / HOUR) * HOUR, until=until)
+        return reader.totals(since=math.ceil(draw.at / HOUR) * HOUR, until=until, names=names)
     rows: list[HealthRow] = []
     batch = draw.watermark
     while some := reader.health_since(batch):

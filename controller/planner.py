@@ -24,10 +24,13 @@ from controller.rollout.waves import Pinned
 from controller.rollout.world import Head, Scored, World
 from controller.store import approvals
 from controller.store import rollouts as store
-from telemetry.report import TelemetryReader, Totals
+from telemetry.policy import GateType
+from telemetry.report import TelemetryReader
 from telemetry.score import bands, score
-from telemetry.score_days import ScoreDays
+from telemetry.score_days import DAY, ScoreDays
 from telemetry.store.database import reading
+
+HOUR = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +60,9 @@ def against_fleet(
             for name, document in store.load_releases(conn).items()
         }
         before, after = (_commit(tree, known, devices, signers) for tree in (base, head))
-        world = _world(conn, reader, after.head, devices, known, now)
-    past = _past(after.head, devices, reader, now)
+        readings = ScoreDays(reader)
+        world = _world(conn, reader, readings, after.head, devices, known, now)
+    past = _past(after.head, devices, reader, readings, now)
     return plan(before, after, world, now, measured=True, past=past)
 
 
@@ -89,6 +93,7 @@ def _commit(
 def _world(
     conn: Connection,
     reader: TelemetryReader,
+    readings: ScoreDays,
     head: Head,
     devices: Mapping[str, Device],
     known: Mapping[str, Release],
@@ -113,16 +118,16 @@ def _world(
         rules=approvals.load_rules(conn),
         proven=store.load_proven(conn),
         catalog=Catalog(releases=known),
-        scores=_scores(head, devices, reader, now),
+        scores=_scores(head, devices, readings, now),
         observations={},
         watermark=reader.watermark(),
     )
 
 
 def _scores(
-    head: Head, devices: Mapping[str, Device], reader: TelemetryReader, now: float
+    head: Head, devices: Mapping[str, Device], readings: ScoreDays, now: float
 ) -> dict[str, Scored]:
-    scores, days = {}, ScoreDays(reader)
+    scores = {}
     for fleet in head.manifests.fleets.values():
         policy = head.manifests.policies.get(fleet.health_policy)
         if policy is None:
@@ -130,7 +135,7 @@ def _scores(
         spec = policy.score
         # As the loop does it: quintiles of this fleet alone, day by day where the preset wants it.
         ours = {name for name, device in devices.items() if device.fleet == fleet.name}
-        result = score([day.of(ours) for day in days.read(spec, now)], spec)
+        result = score([day.of(ours) for day in readings.read(spec, now)], spec)
         values = {
             name: (None if value != value else float(value), int(band))
             for name, value, band in zip(result.devices, result.value, bands(result), strict=True)
@@ -144,33 +149,30 @@ def _scores(
 
 
 def _past(
-    head: Head, devices: Mapping[str, Device], reader: TelemetryReader, now: float
+    head: Head,
+    devices: Mapping[str, Device],
+    reader: TelemetryReader,
+    readings: ScoreDays,
+    now: float,
 ) -> dict[str, History]:
     """What each fleet's own baselines are; no longer ago than we have listened."""
-    listened = max(reader.hearing()[0] / 86_400, 1 / 24)
+    listened = max(reader.hearing()[0] / DAY, 1 / 24)
     found = {}
     for fleet in head.manifests.fleets.values():
         policy = head.manifests.policies.get(fleet.health_policy)
         if policy is None:
             continue
         days = min(policy.judged.engine.baseline_days, listened)
-        totals = reader.totals(since=now - days * 86_400, until=now)
+        rates = policy.judged.of(GateType.RATE)
+        names = {"device_hour"}.union(*({gate.metric, gate.unit} for gate in rates))
+        begun, totals = readings.counted(now - days * DAY, now, names)
+        # In whole hours: a second plan within one has the same past.
+        days = listened if begun is None else max(round((now - begun) / HOUR), 1) / 24
         ours = {d.id: d for d in devices.values() if d.fleet == fleet.name and d.governed}
         kinds = Counter(d.hardware for d in ours.values())
         shares = {name: n / len(ours) for name, n in sorted(kinds.items())}
-        found[fleet.name] = history(_only(totals, ours), policy.judged, days, shares)
+        found[fleet.name] = history(totals.of(ours), policy.judged, days, shares)
     return found
-
-
-def _only(totals: Totals, devices: Mapping[str, Device]) -> Totals:
-    """The rows of these devices."""
-    rows = [i for i, name in enumerate(totals.devices) if name in devices]
-    return Totals(
-        devices=[totals.devices[i] for i in rows],
-        counters={name: values[rows] for name, values in totals.counters.items()},
-        exposure={name: values[rows] for name, values in totals.exposure.items()},
-        levels={name: values[rows] for name, values in totals.levels.items()},
-    )
 
 
 def _nobody(head: Head) -> World:

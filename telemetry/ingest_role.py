@@ -34,6 +34,7 @@ import structlog
 from telemetry import metrics
 from telemetry.broker import Connection, Options, Received
 from telemetry.ingest import PROBE_TOPIC, Ingest, Limits
+from telemetry.store import checkpoints
 from telemetry.store.fold import Batch
 from telemetry.store.reports import Store
 from telemetry.store.retention import Retention, sweep
@@ -311,6 +312,7 @@ class Process:
                     sweep, self._role.store.engine, self._clock(), self._keep
                 ):
                     await asyncio.sleep(0.1)
+                await asyncio.to_thread(checkpoints.take, self._role.store.engine, self._clock())
             except Exception as error:  # noqa: BLE001 - old rows are no reason to stop hearing
-                log.warning("retention_failed", error=str(error)[:300])
+                log.warning("sweep_failed", error=str(error)[:300])
             await asyncio.sleep(SWEEP_EVERY)

@@ -104,6 +104,11 @@ def goal(data: Mapping[str, Any]) -> Goal:
     return Goal(metric=str(data["metric"]), type=GateType(kind), direction=Direction(way), per=per)
 
 
+def series_of(goals: Iterable[Goal]) -> frozenset[str]:
+    """Names of all counters, units of exposure and levels that these goals read."""
+    return frozenset(name for aim in goals for name in (aim.metric, unit_of(aim.per)[1]))
+
+
 def measure(aim: Goal, strata: Sequence[Stratum], against: str, engine: Engine) -> Outcome:
     """What the release did to one goal; not measurable where nobody was left out by the draw."""
     if not any(s.treated and s.control for s in strata):

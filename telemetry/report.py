@@ -10,15 +10,18 @@ through broker and ingest). Silence is measured on it, so an outage of ours sile
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from device_agent.protocol import ComponentReport, HistoryEntry, State
+
+if TYPE_CHECKING:
+    from telemetry.sums import Sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +169,20 @@ class TelemetryReader(Protocol):
         """Messages of batches > `batch`, in order, whole batches, at most about `limit` rows."""
         ...
 
-    def totals(self, *, since: float, until: float) -> Totals:
-        """Sums from the rollups over [since, until) by the samples' own (bounded) time."""
+    def totals(self, *, since: float, until: float, names: Collection[str] | None = None) -> Totals:
+        """Sums over [since's hour, until) by the samples' own (bounded) time; of the series with
+        these names, or of all. It costs what was measured in all of these hours."""
+        ...
+
+    def sums(self) -> Sums:
+        """What every device counted ever: the same price however long that is."""
+        ...
+
+    def checkpoints(self, since: float) -> Sequence[int]:
+        """Unix days of which there is a checkpoint: the newest that is not after `since`, where
+        there is one, and all later ones, in order."""
+        ...
+
+    def checkpoint(self, day: int) -> Sums:
+        """As `sums` was at the beginning of that day; a message counts when it came."""
         ...

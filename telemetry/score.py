@@ -118,6 +118,14 @@ def daily(spec: ScoreSpec) -> bool:
     return spec.preset is not Preset.LINEAR
 
 
+def series_of(spec: ScoreSpec) -> frozenset[str]:
+    """Names of all counters, units of exposure and levels that this score reads."""
+    found = {HOURS, risk.MILES} | ({spec.target} if spec.target else set())
+    for factor in risk.factors_of(spec):
+        found |= {factor.metric, unit_of(factor.per)[1]}
+    return frozenset(found)
+
+
 def _by_risk(days: Sequence[Totals], spec: ScoreSpec) -> Scores:
     days = risk.aligned(days)
     devices = days[0].devices if days else []

@@ -25,13 +25,16 @@ def counting(look: Look) -> Iterator[Finding]:
                 do="Rows of telemetry_boots were changed: restore the telemetry database",
             )
             break
-    for device, counter, raw, rolled in look.tables.sums:
-        if abs(raw - rolled) > 1e-6 * max(1.0, abs(raw)):
-            yield Finding(
-                invariant="I5",
-                what=f"{counter} of {device}: {raw:g} in messages, {rolled:g} in rollups",
-                do="Restore the telemetry database, or remove the device's rollups",
-            )
+    for one in look.tables.sums:
+        for what, total in (("hourly sums", one.hours), ("running sums", one.ever)):
+            if abs(one.messages - total) > 1e-6 * max(1.0, one.messages):
+                yield Finding(
+                    invariant="I5",
+                    what=f"{one.counter} of {one.device}: {one.messages:g} in messages, "
+                    f"{total:g} in {what}",
+                    do="Restore the telemetry database; if the device invents names or numbers, "
+                    "quarantine it",
+                )
     for truth in look.seen.devices:
         for boot, seq in truth.acknowledged if truth.honest else ():
             counted = look.tables.boots.get((truth.device, boot))

@@ -7,15 +7,17 @@ from typing import Any
 
 from sqlalchemy import Engine, select
 
-from controller.facts import Counted, Tables
+from controller.facts import Counted, Summed, Tables
 from controller.store import lease, tables
+from telemetry.report import Totals
 from telemetry.store import tables as telemetry
 from telemetry.store.database import reading
 from telemetry.store.prepared import Prepared
 from telemetry.store.reports import Store
-from telemetry.store.rollups import Kind
 from telemetry.store.seen import unpack
+from telemetry.sums import Sums
 
+_EVER = 1e11  # seconds
 _CONTROL = (
     "devices",
     "releases",
@@ -37,7 +39,7 @@ _BOOTS, _STATE = Prepared(select(telemetry.boots)), Prepared(select(telemetry.st
 
 
 def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Tables:
-    """All rows; `sums` compares raw messages with rollups, where no retention has run yet."""
+    """All rows; `sums` compares raw messages with their sums, where no retention has run yet."""
     with reading(control) as conn:
         rows: dict[str, Any] = {
             name: [row._asdict() for row in query.all(conn)] for name, query in _ROWS.items()
@@ -64,18 +66,31 @@ def read(control: Engine, reports: Store | None, *, sums: bool = False) -> Table
     )
 
 
-def _sums(store: Store) -> list[tuple[str, str, float, float]]:
-    """(device, counter, total of raw messages, total of rollups)."""
+def _sums(store: Store) -> list[Summed]:
     raw: dict[tuple[str, str], float] = defaultdict(float)
-    rolled: dict[tuple[str, str], float] = defaultdict(float)
-    batch, rollups = 0, telemetry.rollups
+    batch = 0
     while rows := store.health_since(batch):
         batch = max(row.batch for row in rows)
         for row in rows:
             for name, n in row.counters.items():
                 raw[row.device, name] += n
-    with reading(store.engine) as conn:
-        query = select(rollups.c.device, rollups.c.name, rollups.c.total)
-        for device, name, total in conn.execute(query.where(rollups.c.kind == Kind.COUNTER.value)):
-            rolled[device, name] += total
-    return [(*key, raw[key], rolled[key]) for key in sorted(raw.keys() | rolled.keys())]
+    hourly = _counters(store.totals(since=0, until=_EVER))
+    ever = _counters(store.sums().since(Sums()))
+    return [
+        Summed(
+            device=device,
+            counter=name,
+            messages=raw[device, name],
+            hours=hourly.get((device, name), 0.0),
+            ever=ever.get((device, name), 0.0),
+        )
+        for device, name in sorted(raw.keys() | hourly.keys() | ever.keys())
+    ]
+
+
+def _counters(totals: Totals) -> dict[tuple[str, str], float]:
+    return {
+        (device, name): total
+        for name, column in totals.counters.items()
+        for device, total in zip(totals.devices, column.tolist(), strict=True)
+    }

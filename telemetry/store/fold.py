@@ -22,7 +22,9 @@ import msgspec
 from device_agent.protocol import Health, Presence, Reported
 from telemetry.decode import Sample, components_text
 from telemetry.store import bulk, rollups
+from telemetry.store.packed import Packed
 from telemetry.store.seen import Seen, Verdict, pack
+from telemetry.sums import Layout
 
 Message = Reported | Health | Sample | Presence
 
@@ -63,9 +65,12 @@ class Contact:
 class Known:
     """What the store holds, at least of the devices of this batch."""
 
-    contacts: dict[str, Contact]
-    boots: dict[tuple[str, str], Seen]
-    states: dict[str, tuple[int, int]]  # device → (boot_count, seq) of its report
+    contacts: dict[str, Contact] = field(default_factory=dict)
+    boots: dict[tuple[str, str], Seen] = field(default_factory=dict)
+    states: dict[str, tuple[int, int]] = field(default_factory=dict)  # (boot_count, seq) of reports
+    sums: dict[str, Packed] = field(default_factory=dict)
+    hours: dict[tuple[int, str], Packed] = field(default_factory=dict)  # by (hour, device)
+    layouts: dict[int, Layout] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,10 +144,6 @@ def report_rows(changes: Changes, now: float) -> list[bulk.Row]:
         )
         for device, report in sorted(changes.reports.items())
     ]
-
-
-def rollup_rows(changes: Changes) -> Sequence[bulk.Row]:
-    return changes.rollups.rows()
 
 
 @dataclass(slots=True)

@@ -13,19 +13,17 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 from weakref import WeakSet
 
-from sqlalchemy import Column, Connection
+from sqlalchemy import Connection
 
 from device_agent.protocol import Presence
-from telemetry.store import tables
+from telemetry.store import bulk, tables
 from telemetry.store.fold import Contact, Heard, Known
 from telemetry.store.seen import Seen, unpack
 
 MOST = 50_000  # devices, about 600 bytes each
-_MANY = 8_192  # keys in one IN list
 _MET = "bellwether_memory"  # who used a connection before
 
 
@@ -41,7 +39,7 @@ class Memory:
         known, self._known = self._known, None
         met = connection.info.setdefault(_MET, WeakSet())
         if known is None or self._number != number - 1 or self not in met:
-            known = Known(contacts={}, boots={}, states={})
+            known = Known()
         met.add(self)
         _load(connection, heard, known)
         return known
@@ -49,6 +47,8 @@ class Memory:
     def keep(self, known: Known, number: int) -> None:
         """Turn `number` is committed, and this is what the store holds now."""
         if len(known.contacts) <= MOST and len(known.boots) <= MOST:
+            if len(known.hours) > MOST:
+                known.hours.clear()  # most are over
             self._known, self._number = known, number
 
 
@@ -62,28 +62,14 @@ def _load(connection: Connection, heard: Sequence[Heard], known: Known) -> None:
             strangers.add(device)
         if not boots <= known.boots.keys():
             wanted |= boots
-    for some in _pieces(strangers):
-        _load_devices(connection, some, known)
-    for some in _pieces({device for device, _ in wanted}):
-        _load_boots(connection, some, wanted, known)
+    _load_devices(connection, strangers, known)
+    _load_boots(connection, wanted, known)
 
 
-def _pieces(devices: set[str]) -> Iterable[list[str]]:
-    """Lists of keys, each as long as a power of two: the last key is repeated.
-
-    Each length of an IN list is a statement of its own to the driver, and SQLite's keeps 128 of
-    them: with any length that is 40 MiB, and hardly one is ever found again.
-    """
-    keys = sorted(devices)
-    for first in range(0, len(keys), _MANY):
-        some = keys[first : first + _MANY]
-        yield some + some[-1:] * ((1 << (len(some) - 1).bit_length()) - len(some))
-
-
-def _load_devices(connection: Connection, devices: list[str], known: Known) -> None:
+def _load_devices(connection: Connection, devices: set[str], known: Known) -> None:
     contacts, reports = tables.contacts.c, tables.reports.c
     own = tuple(column for column in contacts if column.name not in ("device", "change"))
-    for device, last, clock, online, sleeping, *boot in _of(connection, own, devices):
+    for device, last, clock, online, sleeping, *boot in bulk.of_devices(connection, own, devices):
         name, count, floor = boot
         known.contacts[device] = Contact(
             last_contact=last,
@@ -94,29 +80,16 @@ def _load_devices(connection: Connection, devices: list[str], known: Known) -> N
             boot_count=count,
             boot_floor=floor,
         )
-    for device, count, seq in _of(connection, (reports.boot_count, reports.seq), devices):
+    version = (reports.boot_count, reports.seq)
+    for device, count, seq in bulk.of_devices(connection, version, devices):
         known.states[device] = (count, seq)
 
 
-def _load_boots(
-    connection: Connection, devices: list[str], wanted: set[tuple[str, str]], known: Known
-) -> None:
+def _load_boots(connection: Connection, wanted: set[tuple[str, str]], known: Known) -> None:
     # By device alone: a second list of boots would make SQLite try every pair of the two.
     boots = tables.boots.c
     columns = (boots.boot, boots.boot_count, boots.high, boots.missing)
-    for device, boot, count, high, missing in _of(connection, columns, devices):
+    devices = {device for device, _ in wanted}
+    for device, boot, count, high, missing in bulk.of_devices(connection, columns, devices):
         if (device, boot) in wanted:
             known.boots[device, boot] = Seen(boot_count=count, high=high, missing=unpack(missing))
-
-
-def _of(
-    connection: Connection, columns: tuple[Column[Any], ...], devices: list[str]
-) -> Iterable[Any]:
-    """(device, *columns) of these devices, past SQLAlchemy: it costs more than the query."""
-    names = ", ".join(column.name for column in columns)
-    statement = f"SELECT device, {names} FROM {columns[0].table.name} WHERE device "  # noqa: S608
-    cursor = connection.connection.cursor()
-    if connection.dialect.name == "postgresql":
-        return cast(Iterable[Any], cursor.execute(f"{statement}= ANY(%s)", (devices,)))
-    marks = ", ".join("?" * len(devices))
-    return cast(Iterable[Any], cursor.execute(f"{statement}IN ({marks})", devices))

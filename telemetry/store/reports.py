@@ -11,20 +11,18 @@ Rules, in order:
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import psycopg
 from sqlalchemy import Connection, Engine, Select, bindparam, delete, func, select, update
 from sqlalchemy.exc import DataError, IntegrityError
 
 from device_agent.protocol import ComponentReport, HistoryEntry, State
 from telemetry.report import DeviceRow, HealthRow, Level, Totals
-from telemetry.store import bulk, tables, turn
+from telemetry.store import bulk, checkpoints, sums, tables, turn
 from telemetry.store.database import reading, writing
 from telemetry.store.fold import (
     Batch,
@@ -36,11 +34,11 @@ from telemetry.store.fold import (
     fold,
     refused,
     report_rows,
-    rollup_rows,
 )
 from telemetry.store.memory import Memory
 from telemetry.store.prepared import Prepared
-from telemetry.store.rollups import HOUR, Kind
+from telemetry.store.rollups import HOUR
+from telemetry.sums import Sums
 
 _END = 1 << 62  # after every change
 
@@ -51,7 +49,6 @@ _texts = lru_cache(4096)(msgspec.json.Decoder(tuple[str, ...]).decode)
 _digests = lru_cache(4096)(msgspec.json.Decoder(dict[str, str]).decode)
 _measured = msgspec.json.Decoder(tuple[dict[str, Level], dict[str, int], dict[str, float]]).decode
 _STATES = {state.value: state for state in State}
-_KINDS = {kind.value: kind for kind in Kind}
 
 
 # The rows are at fault, not the database: trying again cannot help. Bulk rows go past SQLAlchemy,
@@ -114,13 +111,6 @@ _CHANGED_PAGE = Prepared(
 _IN_ORDER = _messages().order_by(_HEALTH.c.batch, _HEALTH.c.place)
 _HEALTH_SINCE = Prepared(
     _IN_ORDER.where(_HEALTH.c.batch > bindparam("since")).limit(bindparam("most"))
-)
-_ROLLUPS = tables.rollups.c
-_SERIES = (_ROLLUPS.device, _ROLLUPS.kind, _ROLLUPS.name)
-_SUMS = Prepared(
-    select(*_SERIES, func.sum(_ROLLUPS.n), func.sum(_ROLLUPS.total))
-    .where(_ROLLUPS.hour >= bindparam("first"), _ROLLUPS.hour < bindparam("end"))
-    .group_by(*_SERIES)
 )
 _HEALTH_OF = Prepared(_IN_ORDER.where(_HEALTH.c.batch == bindparam("batch")))
 
@@ -205,12 +195,22 @@ class Store:
                     rows = [row for row in rows if row[0] < last]
         return [_health_row(row) for row in rows]
 
-    def totals(self, *, since: float, until: float) -> Totals:
-        """Sums over the hours that begin in [since's hour, until)."""
-        hours = {"first": int(since // HOUR), "end": -int(-until // HOUR)}
+    def totals(self, *, since: float, until: float, names: Collection[str] | None = None) -> Totals:
+        hours = range(int(since // HOUR), -int(-until // HOUR))
         with reading(self._engine) as connection:
-            rows = _SUMS.plain(connection, **hours)
-        return _totals(rows)
+            return sums.add_up(connection, hours, names)
+
+    def sums(self) -> Sums:
+        with reading(self._engine) as connection:
+            return sums.read(connection)
+
+    def checkpoints(self, since: float) -> Sequence[int]:
+        with reading(self._engine) as connection:
+            return checkpoints.days(connection, since)
+
+    def checkpoint(self, day: int) -> Sums:
+        with reading(self._engine) as connection:
+            return checkpoints.read(connection, day)
 
     def refusals(self) -> dict[str, int]:
         """reason → how many messages were not believed, since the beginning."""
@@ -226,8 +226,7 @@ def _save(
     bulk.upsert(connection, tables.boots, boot_rows(changes, known, now))
     bulk.upsert(connection, tables.contacts, contact_rows(changes, known, number))
     bulk.upsert(connection, tables.reports, report_rows(changes, now))
-    sums = ("n", "total", "squares")
-    bulk.upsert(connection, tables.rollups, rollup_rows(changes), added=sums)
+    sums.write(connection, changes.rollups.devices, known)
     counts = [(reason, n, now) for reason, n in sorted(refused(changes, batch).items())]
     bulk.upsert(connection, tables.refusals, counts, added=("n",))
 
@@ -276,31 +275,4 @@ def _health_row(row: tuple[Any, ...]) -> HealthRow:
         levels=levels,
         counters=counters,
         exposure=exposure,
-    )
-
-
-def _totals(rows: Sequence[tuple[Any, ...]]) -> Totals:
-    """Rows of (device, kind, name, n, total) → one array per name, over all devices."""
-    devices = sorted({row[0] for row in rows})
-    place = {device: index for index, device in enumerate(devices)}
-    size = len(rows)
-    places = np.fromiter((place[row[0]] for row in rows), dtype=np.intp, count=size)
-    known: dict[tuple[int, str], int] = {}  # series, by (kind, name)
-    series = np.fromiter(
-        (known.setdefault((row[1], row[2]), len(known)) for row in rows), dtype=np.intp, count=size
-    )
-    counted = np.fromiter((row[3] for row in rows), dtype=np.float64, count=size)
-    totals = np.fromiter((row[4] for row in rows), dtype=np.float64, count=size)
-    found: dict[Kind, dict[str, npt.NDArray[np.float64]]] = {kind: {} for kind in Kind}
-    for (number, name), one in known.items():
-        kind, mine = _KINDS[number], series == one
-        values = totals[mine] / counted[mine] if kind is Kind.LEVEL else totals[mine]
-        array = np.full(len(devices), np.nan if kind is Kind.LEVEL else 0.0)
-        array[places[mine]] = values
-        found[kind][name] = array
-    return Totals(
-        devices=devices,
-        counters=found[Kind.COUNTER],
-        exposure=found[Kind.EXPOSURE],
-        levels=found[Kind.LEVEL],
     )

@@ -2,7 +2,8 @@
 
 Rules, in order:
 
-1. Raw messages go first, then hourly sums; what was counted is remembered longer than both.
+1. Raw messages go first, then hourly sums and checkpoints; running sums stay, and what was counted
+   is remembered longer than all messages.
 2. A boot is forgotten only together with a floor: what that boot or an older one sends afterwards
    is refused as late, so that forgetting never counts a message twice.
 3. A device keeps at most `BOOTS` boots, however many it invents.
@@ -43,6 +44,7 @@ def sweep(engine: Engine, now: float, keep: Retention | None = None) -> int:
         gone += _raw(connection, now - keep.raw)
     with writing(engine) as connection:
         gone += _rollups(connection, int((now - keep.rollups) // HOUR))
+        gone += _checkpoints(connection, int((now - keep.rollups) // DAY))
     return gone + _boots(engine, now - keep.boots, now)
 
 
@@ -87,6 +89,11 @@ def _rollups(connection: Connection, before: int) -> int:
     if first is None:
         return 0
     return connection.execute(delete(table).where(table.c.hour == first)).rowcount
+
+
+def _checkpoints(connection: Connection, before: int) -> int:
+    table = tables.checkpoints
+    return connection.execute(delete(table).where(table.c.day < before)).rowcount
 
 
 def _boots(engine: Engine, before: float, now: float) -> int:

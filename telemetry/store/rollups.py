@@ -1,4 +1,4 @@
-"""Hourly sums per device: what the score reads, long after the raw messages are gone. Pure.
+"""What a batch adds to the sums of each device, hour by hour. Pure.
 
 Rules, in order:
 
@@ -11,9 +11,8 @@ Rules, in order:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from operator import mul
 from typing import Protocol, cast
 
@@ -23,13 +22,6 @@ FUTURE = 300.0
 
 Column = tuple[float | None, ...]
 Sums = tuple[int, float, float]  # n, total, sum of squares of the samples that are there
-Row = tuple[int, str, int, str, int, float, float]  # hour, device, kind, name, n, total, squares
-
-
-class Kind(IntEnum):
-    COUNTER = 0
-    EXPOSURE = 1
-    LEVEL = 2
 
 
 class Measured(Protocol):
@@ -48,38 +40,30 @@ class Measured(Protocol):
 
 
 @dataclass(slots=True)
-class _Hour:
+class Hour:
     """Sums of one device and hour, by name."""
 
-    counters: dict[str, tuple[int, int]] = field(default_factory=dict)
-    exposure: dict[str, tuple[int, float]] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+    exposure: dict[str, float] = field(default_factory=dict)
     levels: dict[str, Sums] = field(default_factory=dict)
 
 
 class Rollups:
-    """The sums of one batch: add messages, then read rows with unique keys."""
+    """The sums of one batch: add messages, then read what each device adds."""
 
     def __init__(self) -> None:
-        self._devices: dict[str, DeviceSums] = {}
+        self.devices: dict[str, DeviceSums] = {}
 
     @property
     def shifted(self) -> int:
         """Messages whose clock was not plausible."""
-        return sum(sums.shifted for sums in self._devices.values())
+        return sum(sums.shifted for sums in self.devices.values())
 
     def of(self, device: str) -> DeviceSums:
-        found = self._devices.get(device)
+        found = self.devices.get(device)
         if found is None:
-            found = self._devices[device] = DeviceSums()
+            found = self.devices[device] = DeviceSums()
         return found
-
-    def rows(self) -> list[Row]:
-        """In the order of their keys: so a database finds their places one beside the other."""
-        found: list[Row] = []
-        for device, sums in self._devices.items():
-            for number, hour in sums.hours.items():
-                found += _rows(number, device, hour)
-        return sorted(found)
 
 
 class DeviceSums:
@@ -87,7 +71,7 @@ class DeviceSums:
 
     def __init__(self) -> None:
         self.shifted = 0
-        self.hours: dict[int, _Hour] = {}
+        self.hours: dict[int, Hour] = {}
 
     def add(self, message: Measured, now: float) -> tuple[float, dict[str, Sums]]:
         """(seconds of the message's interval, sums of its columns)."""
@@ -101,11 +85,9 @@ class DeviceSums:
         hour = self.hours.get(first) or self._hour(first)
         counters, exposure = hour.counters, hour.exposure
         for name, count in message.counters.items():
-            n, whole = counters.get(name, _NOTHING)
-            counters[name] = (n + 1, whole + count)
+            counters[name] = counters.get(name, 0) + count
         for name, amount in message.exposure.items():
-            n, total = exposure.get(name, _NOTHING)
-            exposure[name] = (n + 1, total + amount)
+            exposure[name] = exposure.get(name, 0.0) + amount
         if first != last:
             self._spread(message, start, last)
             return seconds, levels(columns)
@@ -119,10 +101,18 @@ class DeviceSums:
                 into[name] = part if before is None else _added(before, part)
         return seconds, sums
 
-    def _hour(self, number: int) -> _Hour:
+    def measured(self) -> dict[int, Hour]:
+        """The hours in which there is anything."""
+        return {
+            number: hour
+            for number, hour in self.hours.items()
+            if hour.counters or hour.exposure or hour.levels
+        }
+
+    def _hour(self, number: int) -> Hour:
         hour = self.hours.get(number)
         if hour is None:
-            hour = self.hours[number] = _Hour()
+            hour = self.hours[number] = Hour()
         return hour
 
     def _spread(self, message: Measured, start: float, last: int) -> None:
@@ -165,19 +155,7 @@ def _added(one: Sums, other: Sums) -> Sums:
     return one[0] + other[0], one[1] + other[1], one[2] + other[2]
 
 
-_NOTHING = (0, 0)
-
-
 def _merge(into: dict[str, Sums], more: Mapping[str, Sums]) -> None:
     for name, sums in more.items():
         before = into.get(name)
         into[name] = sums if before is None else _added(before, sums)
-
-
-def _rows(number: int, device: str, hour: _Hour) -> Iterator[Row]:
-    for name, (n, whole) in hour.counters.items():
-        yield number, device, Kind.COUNTER.value, name, n, float(whole), 0.0
-    for name, (n, total) in hour.exposure.items():
-        yield number, device, Kind.EXPOSURE.value, name, n, total, 0.0
-    for name, (n, total, squares) in hour.levels.items():
-        yield number, device, Kind.LEVEL.value, name, n, total, squares

@@ -17,7 +17,6 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
-    SmallInteger,
     String,
     Table,
     Text,
@@ -105,17 +104,42 @@ health = Table(  # raw messages, counted once
     sqlite_with_rowid=False,
 )
 
-rollups = Table(
+layouts = (
+    Table(  # which numbers a packed row holds (`telemetry.sums`); never changed, never deleted
+        "telemetry_layouts",
+        metadata,
+        Column("id", BigInteger, primary_key=True, autoincrement=False),  # a hash of the names
+        Column("names", Text, nullable=False),  # JSON: [counters, units of exposure, levels]
+    )
+)
+
+rollups = Table(  # what a device measured in an hour
     "telemetry_rollups",
     metadata,
     Column("hour", Integer, primary_key=True, autoincrement=False),  # Unix hours: seconds // 3600
     Column("device", String(63), primary_key=True),
-    Column("kind", SmallInteger, primary_key=True),  # telemetry.store.rollups.Kind
-    Column("name", String(63), primary_key=True),
-    Column("n", BigInteger, nullable=False),
-    Column("total", Double, nullable=False),
-    Column("squares", Double, nullable=False),
+    Column("layout", BigInteger, nullable=False),
+    Column("sums", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
+)
+
+sums = Table(  # what a device measured ever: what the score reads, less a checkpoint
+    "telemetry_sums",
+    metadata,
+    Column("device", String(63), primary_key=True),
+    Column("layout", BigInteger, nullable=False),
+    Column("sums", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+checkpoints = Table(  # `telemetry_sums` as they were when a day began, a thousand devices a row
+    "telemetry_checkpoints",
+    metadata,
+    Column("day", Integer, primary_key=True, autoincrement=False),  # Unix days: seconds // 86400
+    Column("place", Integer, primary_key=True, autoincrement=False),
+    Column("layout", BigInteger, nullable=False),
+    Column("devices", Text, nullable=False),  # one a line
+    Column("sums", LargeBinary, nullable=False),  # column by column
 )
 
 refusals = Table(  # what was not believed, by reason

@@ -16,7 +16,7 @@ from telemetry.store.fold import Batch, Heard, Message
 from telemetry.store.reports import Store
 from telemetry.store.retention import DAY, Retention, sweep
 from telemetry.store.seen import Verdict
-from telemetry.store.tables import boots, contacts, create_schema, reports, rollups
+from telemetry.store.tables import boots, contacts, create_schema, layouts, reports, rollups, sums
 
 NOW = 1_800_000_000.0
 
@@ -194,5 +194,5 @@ def _content(engine: Engine) -> list[Any]:
     with reading(engine) as connection:
         return [
             sorted(map(tuple, connection.execute(select(table))), key=repr)
-            for table in (contacts, boots, reports, rollups)
+            for table in (contacts, boots, reports, rollups, sums, layouts)
         ]

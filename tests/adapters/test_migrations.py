@@ -19,11 +19,14 @@ from sqlalchemy import Engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from controller.store.tables import SCHEMA as CONTROL
+from device_agent.protocol import Health
 from telemetry.report import Level
 from telemetry.store.database import open_engine
+from telemetry.store.fold import Batch, Heard
 from telemetry.store.reports import Store
 from telemetry.store.schema import NewerSchema, Schema, bring_to_head
 from telemetry.store.tables import SCHEMA as TELEMETRY
+from telemetry.sums import Sums
 
 BOTH = pytest.mark.parametrize("schema", [CONTROL, TELEMETRY], ids=lambda s: s.name)
 
@@ -150,6 +153,45 @@ def test_health_of_the_first_version_is_read_after_the_step(engine: Engine, tmp_
     assert (row.device, row.seq, row.received_at, row.seconds) == ("car-1", 7, 5.0, 2.0)
     assert row.levels == {"cpu": Level(n=2, total=3.0, squares=5.0)}
     assert (row.counters, row.exposure) == ({"crash": 1}, {"km": 0.5})
+
+
+def test_sums_of_the_first_version_are_read_after_the_step(engine: Engine, tmp_path: Path) -> None:
+    """Two days of a device, one of another; the window begins between them."""
+    bring_to_head(engine, only_baseline(tmp_path, TELEMETRY))
+    day = 20_000
+    told = [
+        (24 * day + 3, "car-1", 0, "crash", 2, 5.0, 0.0),
+        (24 * day + 3, "car-1", 1, "device_hour", 2, 1.5, 0.0),
+        (24 * day + 3, "car-1", 2, "cpu", 4, 8.0, 20.0),
+        (24 * day + 30, "car-1", 1, "device_hour", 1, 0.25, 0.0),
+        (24 * day + 30, "car-1", 2, "cpu", 1, 7.0, 49.0),
+        (24 * day + 30, "car-2", 0, "crash", 1, 1.0, 0.0),
+    ]
+    names = ("h", "d", "k", "m", "n", "t", "q")
+    with engine.begin() as connection:
+        for row in told:
+            connection.execute(
+                text("INSERT INTO telemetry_rollups VALUES (:h, :d, :k, :m, :n, :t, :q)"),
+                dict(zip(names, row, strict=True)),
+            )
+    bring_to_head(engine, TELEMETRY)
+    store = Store(engine)
+    hour = store.totals(since=(24 * day + 3) * 3600, until=(24 * day + 4) * 3600)
+    assert hour.counters["crash"].tolist() == [5.0]
+    assert hour.levels["cpu"].tolist() == [2.0]
+    assert store.checkpoints((day + 9) * 86_400) == [day + 1]
+    since = store.sums().since(store.checkpoint(day + 1))
+    assert sorted(since.devices) == ["car-1", "car-2"]
+    one, other = since.of(["car-1"]), since.of(["car-2"])
+    assert (one.exposure, one.levels) == ({"device_hour": [0.25]}, {"cpu": [7.0]})
+    assert (one.counters, other.counters) == ({"crash": [0.0]}, {"crash": [1.0]})
+    ever = store.sums().since(Sums())
+    assert sorted(ever.counters["crash"].tolist()) == [1.0, 5.0]
+    health = Health(boot="b", boot_count=1, seq=1, components={}, t0=0.0, dt=1.0)
+    more = replace(health, counters={"crash": 1, "alarm": 1})
+    store.write(Batch(heard=[Heard("car-2", [more])]), (24 * day + 31) * 3600.0)
+    ever = store.sums().since(Sums()).of(["car-2"])
+    assert ever.counters == {"crash": [2.0], "alarm": [1.0]}
 
 
 def test_rows_and_what_refers_to_them_survive_a_step(engine: Engine, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from telemetry import poisson, risk
 from telemetry.policy import Factor, Preset, ScoreSpec
 from telemetry.report import Totals
 from telemetry.score import bands, score
-from telemetry.score_days import DAY, ScoreDays
 
 
 def day(**columns: object) -> Totals:
@@ -269,28 +268,6 @@ def test_a_fleet_that_cannot_be_fitted_is_unscored_with_the_reason() -> None:
 
 
 # -- days and manifests ---------------------------------------------------------------------------
-
-
-class Reader:
-    def __init__(self) -> None:
-        self.asked: list[tuple[float, float]] = []
-
-    def totals(self, *, since: float, until: float) -> Totals:
-        self.asked.append((since, until))
-        return day(device_hour=[1.0], km=[1.0], braking=[0.0], near_miss=[0.0])
-
-
-def test_days_that_are_over_are_read_once() -> None:
-    reader, now = Reader(), 1000 * DAY + 3600
-    days = ScoreDays(reader)  # type: ignore[arg-type]
-    found = days.read(PIF, now)
-    assert len(found) == 31
-    assert reader.asked[0] == (970 * DAY, 971 * DAY)
-    assert reader.asked[-1] == (1000 * DAY, now)
-    reader.asked.clear()
-    days.read(PIF, now + 60)
-    assert [since for since, _ in reader.asked] == [999 * DAY, 1000 * DAY]
-    assert len(ScoreDays(Reader()).read(ScoreSpec(), now)) == 1  # type: ignore[arg-type]
 
 
 def test_days_of_different_devices_are_aligned() -> None:

@@ -22,7 +22,12 @@ from bench.world.server import KEY
 from bench.world.world import World
 from controller import engine
 from controller.cli import app, doctor
-from device_agent.protocol import ComponentOrder, Desired, Kind, open_envelope
+from controller.invariants import check
+from controller.store import snapshot
+from device_agent.protocol import ComponentOrder, Desired, Health, Kind, open_envelope
+from telemetry.store.database import open_engine
+from telemetry.store.fold import Batch, Heard
+from telemetry.store.reports import Store
 
 MARGINS = {"failed": "75%", "lost": "75%"}
 STEP = {"soak": "3s", "maxSoak": "60s", "margins": MARGINS}
@@ -239,6 +244,29 @@ def test_a_sound_system_has_no_findings(state: Path) -> None:
     assert look(state) == (0, [])
     shown = CliRunner().invoke(app, ["doctor", "--state-dir", str(state)])
     assert shown.stdout.startswith("every promise is kept: 8 devices, 2 rollouts, 8 orders")
+
+
+@pytest.mark.parametrize("table", ["telemetry_sums", "telemetry_rollups"])
+def test_sums_beside_their_messages_are_found(state: Path, table: str) -> None:
+    """What every history of the simulation is asked."""
+
+    control, telemetry = (
+        open_engine(f"sqlite:///{state}/{name}.db") for name in ("control", "telemetry")
+    )
+    store = Store(telemetry)
+
+    def found() -> set[str]:
+        tables = snapshot.read(control, store, sums=True)
+        return {f.invariant for f in check(tables, now=now)}
+
+    now = store.hearing()[1]
+    said = Health(boot="new", boot_count=99, seq=1, components={}, t0=now, dt=1.0)
+    store.write(Batch(heard=[Heard("car-1", [replace(said, counters={"incident": 2})])]), now)
+    assert "I5" not in found()
+    sql(state, f"UPDATE {table} SET sums = zeroblob(length(sums))", name="telemetry")  # noqa: S608
+    assert "I5" in found()
+    control.dispose()
+    telemetry.dispose()
 
 
 @pytest.mark.parametrize("name", TAMPERED)
