@@ -100,13 +100,21 @@ class Loop:
         self._publish()
         return taken
 
+    @property
+    def _forward(self) -> bool:
+        """May what leads forward leave? Git may have a hold that this database does not know."""
+        head = self._head
+        if head is None or self._listening.blind:
+            return False
+        return head.heard or (head.asked and not self._lost)
+
     def _publish(self) -> None:
         if self._outbox.idle and not self._memory.orders_wait:
             return
         world = self._world()
         self._outbox.publish(
             self._memory.in_force,
-            forward=self._asked,
+            forward=self._forward,
             withholds=lambda device: self._dispatch.withholds(world, device),
         )
 
@@ -135,6 +143,7 @@ class Loop:
         self._noted: dict[str, str] = {}  # as the database has them
         self._ears_noted_at = now
         self._asked = False  # until Git was asked
+        self._lost = False  # do devices obey words that the database does not know?
         self._first = True
         self._observed = now
         self._loaded = True
@@ -191,8 +200,11 @@ class Loop:
         self._more = self._listening.more
         if self._listening.blind:
             self._scores.of.clear()
-        if heard.sight_regained and self._memory.find_what_was_lost(self._listening.seen):
-            log.warning("restored", detail="devices obey newer orders than the database knows")
+        if heard.sight_regained:
+            lost = self._memory.find_what_was_lost(self._listening.seen)
+            self._lost = self._lost or lost
+            if lost:
+                log.warning("restored", detail="devices obey newer orders than the database knows")
         self._recording.touch(heard.words, now)
         self._dispatch.heard(heard.contacts)
         self._rollcall.contacts(self._world(), heard.contacts, now)
@@ -263,7 +275,7 @@ class Loop:
                 urgent = self._dispatch.urgent
                 part = self._part(conn, FIRST if urgent else UNHURRIED, now)
                 self._note(conn, now)
-            self._outbox.send(part.rows, memory.in_force, forward=self._asked)
+            self._outbox.send(part.rows, memory.in_force, forward=self._forward)
             if urgent:  # the rest of its orders first; what else there is to say, in the next turn
                 self._more = True
                 break
@@ -335,7 +347,7 @@ class Loop:
         """The next part of the orders that wait, recorded and sent."""
         with self._transaction(now) as conn:
             part = self._part(conn, PART if self._dispatch.urgent else UNHURRIED, now)
-        self._outbox.send(part.rows, self._memory.in_force, forward=self._asked)
+        self._outbox.send(part.rows, self._memory.in_force, forward=self._forward)
 
     def _part(self, conn: Connection, most: int, now: float) -> Part:
         """Compose the next orders, record them, and take them into the snapshot."""

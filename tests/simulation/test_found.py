@@ -116,6 +116,23 @@ def test_an_old_backup_tells_nobody_what_git_has_rejected(world: World) -> None:
     assert world.check() == []
 
 
+def test_what_an_old_backup_remembers_does_not_leave_before_git_answers(world: World) -> None:
+    """Seed 310520: the backup is of before the hold, and the remote that has it is away."""
+    publish(world, "2")
+    world.run(3)
+    world.databases.backup()
+    world.run(3)
+    world.ask("rollback")
+    world.run(9)
+    told = len(world.wire.sent)
+    world.git_away(15)
+    world.lose_control_database(backup=True)
+    world.run(12)
+    assert "app-2" not in releases(orders(world)[told:])
+    world.run(60)
+    assert world.check() == []
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_rollback_in_the_middle_of_a_turn(databases: Databases, seed: int) -> None:
     """Between what the loop has decided and what the outbox sends."""
