@@ -103,10 +103,13 @@ class Loop:
     @property
     def _forward(self) -> bool:
         """May what leads forward leave? Git may have a hold that this database does not know."""
-        head = self._head
-        if head is None or self._listening.blind:
-            return False
-        return head.heard or (head.asked and not self._lost)
+        asked = self._head is not None and self._head.asked
+        return asked and not self._listening.blind and not self._doubts
+
+    @property
+    def _doubts(self) -> bool:
+        """Is this database older than what devices obey, and has Git not told us what it lacks?"""
+        return self._lost and not (self._head is not None and self._head.heard)
 
     def _publish(self) -> None:
         if self._outbox.idle and not self._memory.orders_wait:
@@ -283,7 +286,7 @@ class Loop:
         return taken
 
     def _must_note(self, now: float) -> bool:
-        if self._notices != self._noted:
+        if self._notices != self._noted or self._doubts is not self._memory.doubted:
             return True
         if self._listening.blind:
             return False
@@ -296,6 +299,9 @@ class Loop:
         if self._notices != self._noted:
             store.put_meta(conn, "notices", self._notices)
             self._noted = self._notices
+        if self._doubts is not self._memory.doubted:
+            self._memory.doubted = self._doubts
+            store.put_meta(conn, "doubted", self._doubts)
         if not self._listening.blind:
             under_way = bool(self._rollcall.musters)
             self._memory.ears = self._listening.ears.note(now) if under_way else None

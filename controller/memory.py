@@ -49,6 +49,7 @@ class Memory:
         self.recovered_at: float | None = store.get_meta(conn, "recovered_at")
         self.recovered = store.get_meta(conn, RECOVERED) is not None
         self.restored = False
+        self.doubted: bool = bool(store.get_meta(conn, "doubted"))  # as noted last
         self.ears: dict[str, Any] | None = store.get_meta(conn, "ears")  # as noted last
         self.catalog = desired.Catalog(releases=self.documents)
         self.pinned = {r.id: Pinned.from_json(r.pinned) for r in self.rollouts.values()}

@@ -16,7 +16,7 @@ from controller.rollout import scope, withholding
 from controller.rollout.model import ActiveHold, Device
 from controller.rollout.waves import Pinned
 from controller.store import rollouts as store
-from device_agent.protocol import ComponentReport
+from device_agent.protocol import ComponentReport, Kind
 from telemetry.report import TelemetryReader
 
 
@@ -28,6 +28,8 @@ def order(conn: Connection, device: Row[Any], reader: TelemetryReader) -> bytes 
     last, body = found
     if device.moved_at is not None and device.moved_at > last.at:
         return None  # it was made for another fleet
+    if last.kind == Kind.INSTALL and store.get_meta(conn, "doubted"):
+        return None  # by a backup: a hold that it does not know may stand in Git
     known = Device(id=device.id, fleet=device.fleet, labels=device.labels, status=device.status)
     holds = [h for h in store.load_holds(conn)[0] if _bears_on(conn, h, known, last.digests)]
     stops = store.load_stops(conn)

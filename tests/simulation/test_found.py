@@ -123,13 +123,15 @@ def test_what_an_old_backup_remembers_does_not_leave_before_git_answers(world: W
     world.databases.backup()
     world.run(3)
     world.ask("rollback")
-    world.run(9)
+    world.run(60)
     told = len(world.wire.sent)
     world.git_away(15)
     world.lose_control_database(backup=True)
     world.run(12)
+    world.run(90)
     assert "app-2" not in releases(orders(world)[told:])
-    world.run(60)
+    with reading(world.databases.control) as conn:
+        assert conn.execute(select(func.count()).where(holds.c.commit.is_not(None))).scalar() == 1
     assert world.check() == []
 
 

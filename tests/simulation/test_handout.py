@@ -107,3 +107,17 @@ def test_a_moved_device_is_not_handed_its_former_fleets_order(world: World) -> N
             .values(fleet="trucks", moved_at=world.now)
         )
     assert set(handed(world)) == EVERYBODY - {"car-2"}
+
+
+def test_what_an_old_backup_remembers_is_not_handed_out_before_git_answers(world: World) -> None:
+    world.controllers[-1].process.again()
+    world.run(3)
+    world.databases.backup()
+    world.ask("rollback")
+    world.run(60)  # Git has the hold
+    world.git_away(15)
+    world.lose_control_database(backup=True)
+    world.run(10)
+    assert handed(world) == {}
+    world.run(90)
+    assert handed(world) == dict.fromkeys(sorted(EVERYBODY), "app-1")
