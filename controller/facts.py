@@ -263,15 +263,14 @@ class Look:
         """Is there another set that this device could run instead of the rejected one?"""
         if hold["to"] not in ("previous", "stay"):
             return True
-        fleet = hold["fleet"]
-        held = {d for one in self.in_force if one["fleet"] == fleet for d in one["artifacts"]}
+        row, fleet = self.devices.get(device), hold["fleet"]
+        if row is None:
+            return False
+        held = {d for one in self.in_force if self.covers(one, row) for d in one["artifacts"]}
         for member in self.tables.members:
             own = (member["previous"] or {}).get(component)
             if member["device"] == device and own and own["digest"] not in held:
                 return True
-        row = self.devices.get(device)
-        if row is None:
-            return False
         one = Device(id=device, fleet=fleet, labels=row["labels"] or {}, status=row["status"])
         return component in self._proofs.newest(one, rejected=frozenset(held))
 

@@ -11,6 +11,7 @@ from controller.manifests.reader import read
 
 COMPONENT = "app"
 ROLLOUT = "cars"
+EVERYBODY: Mapping[str, Any] = {"all": True}
 
 
 def artifact(version: str) -> str:
@@ -73,7 +74,15 @@ def rollout(
     )
 
 
-def hold(name: str, version: str, digest: str, *, to: str, at: str) -> str:
+def hold(
+    name: str,
+    version: str,
+    digest: str,
+    *,
+    to: str,
+    at: str,
+    scope: Mapping[str, Any] = EVERYBODY,
+) -> str:
     """A hold that a person wrote into Git by hand."""
     return _document(
         "Hold",
@@ -82,7 +91,7 @@ def hold(name: str, version: str, digest: str, *, to: str, at: str) -> str:
             "rollout": ROLLOUT,
             "rejects": {"release": f"app-{version}", "digest": digest},
             "to": to,
-            "scope": {"all": True},
+            "scope": scope,
             "reason": "seen on the road",
             "actor": "ann",
             "createdAt": at,

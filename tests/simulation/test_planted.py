@@ -84,6 +84,20 @@ def rolled_back_by_a_person(stage: Stage) -> None:
     stage.world.run(30)
 
 
+def rolled_back_beside_a_hold_of_another(stage: Stage) -> None:
+    """Where all others go back to is rejected for one device, and for that one alone."""
+    stage.publish("2")
+    stage.world.run(9)
+    hold, named = "01mcc5sjatd4j5brjrenvfz8aa", {"devices": ["car-9"]}
+    text = texts.hold(
+        hold, "1", texts.digest_of("1"), to="stay", at="2027-01-15T08:00:00Z", scope=named
+    )
+    stage.world.commit({f"holds/{hold}.yaml": text})
+    stage.world.run(2)
+    stage.world.ask("rollback")
+    stage.world.run(45)
+
+
 def two_controllers(stage: Stage) -> None:
     stage.publish("2")
     stage.world.run(7)
@@ -276,6 +290,12 @@ FAULTS = [
     Fault("an oversize step", "I2", plain_rollout, draws_too_many),
     Fault("an unfenced write", "I7", two_controllers, no_fence),
     Fault("a forgotten device", "I3", rolled_back_by_a_person, forgets_a_device),
+    Fault(
+        "a forgotten device beside a held one",
+        "I3",
+        rolled_back_beside_a_hold_of_another,
+        forgets_a_device,
+    ),
     Fault("a step widened without evidence", "I14", plain_rollout, judges_by_hope),
     Fault("a lost acknowledgement", "I4", plain_rollout, acknowledges_without_writing),
     Fault("a downgraded term", "I8", restarted, takes_a_lower_term),
