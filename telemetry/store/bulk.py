@@ -9,8 +9,9 @@ merged by one statement. The caller's transaction decides about all of it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
@@ -26,6 +27,7 @@ from sqlalchemy import (
     Table,
     Text,
 )
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import TypeEngine
 
@@ -98,12 +100,13 @@ def of_devices(
     """(device, *columns) of these devices, past SQLAlchemy: it costs more than the query."""
     names = ", ".join(column.name for column in columns)
     statement = f"SELECT device, {names} FROM {columns[0].table.name} WHERE {where} device "  # noqa: S608
-    cursor = _cursor(connection)
     for some in _pieces(devices):
-        if connection.dialect.name == "postgresql":
-            yield from cursor.execute(f"{statement}= ANY(%s)", (some,))
-        else:
-            yield from cursor.execute(f"{statement}IN ({', '.join('?' * len(some))})", some)
+        with _cursor(connection) as cursor:
+            if connection.dialect.name == "postgresql":
+                rows = cursor.execute(f"{statement}= ANY(%s)", (some,))
+            else:
+                rows = cursor.execute(f"{statement}IN ({', '.join('?' * len(some))})", some)
+        yield from rows
 
 
 def _pieces(devices: Collection[str]) -> Iterator[list[str]]:
@@ -119,10 +122,10 @@ def _pieces(devices: Collection[str]) -> Iterator[list[str]]:
 
 
 def _execute(connection: Connection, table: Table, rows: Sequence[Row], conflict: str = "") -> None:
-    cursor = _cursor(connection)
-    for values, given in _lots(rows, len(table.columns)):
-        statement = f"INSERT INTO {table.name} ({_names(table)}) VALUES {values} {conflict}"  # noqa: S608
-        cursor.execute(statement, given)
+    with _cursor(connection) as cursor:
+        for values, given in _lots(rows, len(table.columns)):
+            statement = f"INSERT INTO {table.name} ({_names(table)}) VALUES {values} {conflict}"  # noqa: S608
+            cursor.execute(statement, given)
 
 
 def _lots(rows: Sequence[Row], width: int) -> Iterator[tuple[str, list[Any]]]:
@@ -153,14 +156,22 @@ def _conflict(table: Table, added: frozenset[str]) -> str:
     return f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {sets}"
 
 
-def _cursor(connection: Connection) -> Any:
-    return connection.connection.cursor()
+@contextmanager
+def _cursor(connection: Connection) -> Iterator[Any]:
+    """The driver's own; its errors are SQLAlchemy's all the same: a full disk is told by them."""
+    driver = cast(Any, connection.dialect.dbapi)
+    try:
+        yield connection.connection.cursor()
+    except driver.Error as error:
+        raise DBAPIError.instance(
+            None, None, error, driver.Error, dialect=connection.dialect
+        ) from error
 
 
 def _copy(connection: Connection, table: Table, name: str, rows: Sequence[Row]) -> None:
     """Binary: twice as fast as text, and no character needs an escape."""
     statement = f"COPY {name} ({_names(table)}) FROM STDIN (FORMAT BINARY)"
-    with _cursor(connection).copy(statement) as copy:
+    with _cursor(connection) as cursor, cursor.copy(statement) as copy:
         copy.set_types([_oid(column.type) for column in table.columns])
         for row in rows:
             copy.write_row(row)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Column, Engine, MetaData, Table, event
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
 from controller.store import rollouts as store
 from controller.store.database import open_control
+from controller.store.tables import desired
+from telemetry.store import bulk
 from telemetry.store.database import reading, writing
 
 DIGEST = "sha256:" + "a" * 64
@@ -82,3 +86,33 @@ def test_members(engine: Engine) -> None:
         store.put_members(conn, "r1", made)
     with reading(engine) as conn:
         assert store.load_members(conn) == {"r1": {m.device: m for m in made}}
+
+
+def test_a_fault_of_the_driver_is_sqlalchemys(engine: Engine) -> None:
+    """Whoever frees room on a full disk, or waits for a database, knows faults by these."""
+    values = order("car-1", 1) | {"components": "{}"}
+    rows = [tuple(values[column.name] for column in desired.columns)]
+    nobody = Table("nobody", MetaData(), *(Column(c.name, c.type) for c in desired.columns))
+    for write in (bulk.insert, bulk.upsert):
+        with pytest.raises(DBAPIError), writing(engine) as conn:
+            write(conn, nobody, rows)
+    with pytest.raises(DBAPIError), reading(engine) as conn:
+        list(bulk.of_devices(conn, [nobody.c.term], ["car-1"]))
+    with pytest.raises(IntegrityError), writing(engine) as conn:
+        bulk.insert(conn, desired, [tuple(None for _ in desired.columns)])
+
+
+def test_an_order_that_a_full_database_refuses_is_an_operational_error(tmp_path: Path) -> None:
+    full = open_control(f"sqlite:///{tmp_path}/control.db")
+    with full.connect() as conn:
+        pages = conn.exec_driver_sql("PRAGMA page_count").scalar_one()
+
+        @event.listens_for(full, "connect")
+        def small(connection: Any, _: Any) -> None:
+            connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+
+    full.dispose()
+    many = [order(f"car-{i}", 1) | {"body": b"x" * 2_000} for i in range(100)]
+    with pytest.raises(OperationalError, match="full"), writing(full) as conn:
+        store.put_orders(conn, many)
+    full.dispose()
