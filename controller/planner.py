@@ -26,7 +26,7 @@ from controller.store import approvals
 from controller.store import rollouts as store
 from telemetry.policy import GateType
 from telemetry.report import TelemetryReader
-from telemetry.score import bands, score
+from telemetry.score import placed, score
 from telemetry.score_days import DAY, ScoreDays
 from telemetry.store.database import reading
 
@@ -136,10 +136,7 @@ def _scores(
         # As the loop does it: quintiles of this fleet alone, day by day where the preset wants it.
         ours = {name for name, device in devices.items() if device.fleet == fleet.name}
         result = score([day.of(ours) for day in readings.read(spec, now)], spec)
-        values = {
-            name: (None if value != value else float(value), int(band))
-            for name, value, band in zip(result.devices, result.value, bands(result), strict=True)
-        }
+        values = placed(result)
         size = sum(d.fleet == fleet.name and d.governed for d in devices.values())
         scored = sum(value is not None for value, _ in values.values())
         scores[fleet.name] = Scored(

@@ -6,7 +6,7 @@ from controller.memory import Memory
 from controller.rollout.waves import Pinned
 from controller.rollout.world import Scored
 from telemetry.report import TelemetryReader
-from telemetry.score import bands, score
+from telemetry.score import placed, score
 from telemetry.score_days import ScoreDays
 
 SCORES_LAST = 10.0  # seconds that a fleet's scores are used before they are computed again
@@ -38,11 +38,7 @@ class Scores:
         # Quintiles are of this fleet: another fleet's devices must not move its bands.
         ours = set(self._memory.of_fleet(fleet))
         result = score([day.of(ours) for day in self._days.read(spec, now)], spec)
-        quintiles = bands(result)
-        values: dict[str, tuple[float | None, int]] = {
-            name: (None if value != value else float(value), int(band))
-            for name, value, band in zip(result.devices, result.value, quintiles, strict=True)
-        }
+        values = placed(result)
         fleet_size = sum(devices[name].governed for name in ours)
         with_score = sum(value is not None for value, _ in values.values())
         self.of[fleet] = Scored(

@@ -183,6 +183,12 @@ def bands(scores: Scores) -> npt.NDArray[np.int64]:
     return found
 
 
+def placed(scores: Scores) -> dict[str, tuple[float | None, int]]:
+    """Each device's score, None where it has none, and its band: what a draw reads."""
+    values = [None if value != value else value for value in scores.value.tolist()]
+    return dict(zip(scores.devices, zip(values, bands(scores).tolist(), strict=True), strict=True))
+
+
 def _seen(totals: Totals, factor: Factor, block: slice) -> Floats:
     """x of one factor; NaN where it is unknown."""
     level = totals.levels.get(factor.metric)

@@ -17,13 +17,13 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, Engine, Row
 
-from controller.rollout.cohort import Candidate, assign
+from controller.rollout.cohort import assign, scored
 from controller.rollout.model import Device
 from controller.rollout.waves import Pinned
 from controller.store import views
 from device_agent.codec import to_wire
 from telemetry.report import DeviceRow, TelemetryReader
-from telemetry.score import Explanation, Scores, bands, score
+from telemetry.score import Explanation, Scores, placed, score
 from telemetry.score_days import ScoreDays
 from telemetry.store.database import reading
 
@@ -34,11 +34,30 @@ _SCORES_LAST = 10.0
 @dataclass(frozen=True, slots=True)
 class _Scored:
     at: float
-    values: Mapping[str, Mapping[str, Any]]
     cohorts: Mapping[str, str]
+    places: Mapping[str, int] = field(default_factory=dict)  # of devices in the scores
     scores: Scores | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)  # cohort → devices
     took: float = 0.0  # seconds
+
+    def value(self, device: str) -> float | None:
+        place = self.places.get(device)
+        return None if self.scores is None or place is None else _finite(self.scores.value[place])
+
+    def of(self, device: str) -> dict[str, Any]:
+        """One device's score as the API tells it."""
+        scores, place = self.scores, self.places.get(device)
+        if scores is None or place is None:
+            return {"value": None, "exposureHours": 0.0, "parts": {}}
+        return {
+            "value": _finite(scores.value[place]),
+            "exposureHours": float(scores.exposure_hours[place]),
+            "parts": {
+                name: part
+                for name, column in scores.parts.items()
+                if (part := _finite(column[place])) is not None
+            },
+        }
 
 
 class DeviceBook:
@@ -76,7 +95,8 @@ class DeviceBook:
         seen, orders = self.seen(), views.orders(conn, ids)
         drawn = views.memberships(conn, ids)
         waves = views.cohorts_of_steps(conn, list({row.rollout for row in drawn.values()}))
-        scored = {fleet: self._score(conn, fleet) for fleet in {row.fleet for row in rows}}
+        now = self._clock()
+        found = {fleet: self._score(conn, fleet, now) for fleet in {row.fleet for row in rows}}
         return [
             _device(
                 row,
@@ -84,14 +104,14 @@ class DeviceBook:
                 orders.get(row.id),
                 drawn.get(row.id),
                 waves,
-                scored[row.fleet],
+                found[row.fleet],
             )
             for row in rows
         ]
 
     def explain(self, conn: Connection, fleet: str, device: str) -> Explanation | None:
         """The arithmetic of one device's score; None where there is none."""
-        scores = self._score(conn, fleet).scores
+        scores = self._score(conn, fleet, self._clock()).scores
         return None if scores is None else scores.explain(device)
 
     def cohort_sizes(self, fleet: str) -> Mapping[str, int]:
@@ -100,12 +120,11 @@ class DeviceBook:
             known = self._scored.get(fleet)
         return {} if known is None else known.sizes
 
-    def scores(self, conn: Connection, fleets: set[str]) -> dict[str, Mapping[str, Any]]:
+    def scores(self, conn: Connection, fleets: set[str]) -> dict[str, float | None]:
         """device → its score, of these fleets."""
-        found: dict[str, Mapping[str, Any]] = {}
-        for fleet in fleets:
-            found.update(self._score(conn, fleet).values)
-        return found
+        now = self._clock()
+        found = [self._score(conn, fleet, now) for fleet in sorted(fleets)]
+        return {device: one.value(device) for one in found for device in one.places}
 
     def warm(self, engine: Engine) -> None:
         """Read and score everything once, so that the first page need not."""
@@ -113,10 +132,10 @@ class DeviceBook:
         with reading(engine) as conn, self._scoring:
             self._all_anew(conn, views.names_of_fleets(conn))
 
-    def _score(self, conn: Connection, fleet: str) -> _Scored:
+    def _score(self, conn: Connection, fleet: str, now: float) -> _Scored:
         """The scores of a fleet: a page waits for the first ones only, then they are made anew
-        beside the pages, in at most a twentieth of the time."""
-        now = self._clock()
+        beside the pages, in at most a twentieth of the time. Fleets that are asked for at the
+        same moment share what is read for it."""
         with self._lock:
             known = self._scored.get(fleet)
         if known is None:
@@ -160,53 +179,33 @@ class DeviceBook:
     def _compute(self, conn: Connection, fleet: str, now: float) -> _Scored:
         plain = views.pinned_of_fleet(conn, fleet)
         if not plain:
-            return _Scored(now, {}, {})
+            return _Scored(now, {})
         pinned, rows = Pinned.from_json(plain), _of(conn, fleet)
         spec = pinned.policy.score
         if spec is None:
-            cohorts = _cohorts(rows, pinned, {}, {})
-            return _Scored(now, {}, cohorts, None, Counter(cohorts.values()))
+            cohorts = _cohorts(rows, pinned, {})
+            return _Scored(now, cohorts, sizes=Counter(cohorts.values()))
         ours = {row.id for row in rows}
         result = score([day.of(ours) for day in self._days.read(spec, now)], spec)
-        values = _values(result)
-        quintiles = dict(zip(result.devices, (int(b) for b in bands(result)), strict=True))
-        cohorts = _cohorts(rows, pinned, values, quintiles)
-        return _Scored(now, values, cohorts, result, Counter(cohorts.values()))
+        cohorts = _cohorts(rows, pinned, placed(result))
+        places = {device: place for place, device in enumerate(result.devices)}
+        return _Scored(now, cohorts, places, result, Counter(cohorts.values()))
 
 
-def _values(result: Scores) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for index, device in enumerate(result.devices):
-        number = float(result.value[index])
-        found[device] = {
-            "value": number if math.isfinite(number) else None,
-            "exposureHours": float(result.exposure_hours[index]),
-            "parts": {
-                name: part
-                for name, column in result.parts.items()
-                if math.isfinite(part := float(column[index]))
-            },
-        }
-    return found
+def _finite(number: float) -> float | None:
+    return float(number) if math.isfinite(number) else None
 
 
 def _cohorts(
-    rows: Sequence[Row[Any]],
-    pinned: Pinned,
-    values: Mapping[str, Mapping[str, Any]],
-    quintiles: Mapping[str, int],
+    rows: Sequence[Row[Any]], pinned: Pinned, scores: Mapping[str, tuple[float | None, int]]
 ) -> dict[str, str]:
     """The cohort that each device would be drawn from now."""
-    candidates = [
-        Candidate(
-            device=Device(id=row.id, fleet=row.fleet, labels=row.labels, status=row.status),
-            score=values.get(row.id, {}).get("value"),
-            band=quintiles.get(row.id, -1),
-        )
+    active = (
+        Device(id=row.id, fleet=row.fleet, labels=row.labels, status=row.status)
         for row in rows
         if row.status == "active"
-    ]
-    found = assign(pinned.fleet.cohorts, candidates, "view")
+    )
+    found = assign(pinned.fleet.cohorts, scored(active, scores), "view")
     return {c.device.id: name for name, members in found.items() for c in members}
 
 
@@ -220,7 +219,7 @@ def _device(
     order: Mapping[str, Any] | None,
     drawn: Row[Any] | None,
     waves: Mapping[str, Sequence[str | None]],
-    scored: _Scored,
+    score: _Scored,
 ) -> dict[str, Any]:
     cohort, score_then = _membership(drawn, waves)
     return {
@@ -229,8 +228,8 @@ def _device(
         "labels": row.labels,
         "status": row.status,
         "enrolledAt": views.when(row.enrolled_at),
-        "cohort": cohort or scored.cohorts.get(row.id),
-        "score": scored.values.get(row.id) or {"value": None, "exposureHours": 0.0, "parts": {}},
+        "cohort": cohort or score.cohorts.get(row.id),
+        "score": score.of(row.id),
         "scoreWhenDrawn": score_then,
         "membership": None
         if drawn is None

@@ -86,7 +86,7 @@ def rank(
             conn, after="", limit=1_000_000, fleets=who.fleets, fleet=fleet, status=""
         )
         drawn = views.drawn_since(conn, start)
-        scores: dict[str, Mapping[str, Any]] = {}
+        scores: Mapping[str, float | None] = {}
         if any(clause.key == "score" for clause in clauses):
             scores = book.scores(conn, {row.fleet for row in rows})
     seen = book.seen()
@@ -96,7 +96,7 @@ def rank(
             row=row,
             seen=seen.get(row.id),
             index=places.get(row.id),
-            score=scores.get(row.id, {}).get("value"),
+            score=scores.get(row.id),
         )
         hit = all(_holds(clause, one, totals) for clause in clauses)
         factors = set(_factors(one, drawn.get(row.id, ()), start, about))

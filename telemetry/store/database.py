@@ -5,10 +5,12 @@ Both stores use it; it knows no tables.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 
@@ -21,6 +23,7 @@ _PRAGMAS = (
     "wal_autocheckpoint=8000",  # pages: a large batch fills the default of 1,000 every time
 )
 IDLE_MS = 60_000  # after which PostgreSQL ends a transaction whose owner says nothing
+_decode = msgspec.json.Decoder().decode
 OVERFLOW = 50  # connections beyond five: one for each thread of the API, so that none waits for one
 
 
@@ -48,6 +51,14 @@ def reading(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def from_json(text: str | bytes) -> Any:
+    """What a JSON column says: as `json.loads`, and at a tenth of its price where it can."""
+    try:
+        return _decode(text)
+    except msgspec.MsgspecError:  # NaN, Infinity, half a surrogate pair: JSON only to Python
+        return json.loads(text)
+
+
 def _postgresql(url: str) -> Engine:
     # A dead or stopped peer must not hold us, nor we others: the kernel gives up on a silent
     # connection, and the server ends a transaction whose owner says nothing for a minute (a
@@ -62,11 +73,22 @@ def _postgresql(url: str) -> Engine:
     }
     named = make_url(url).query
     given = {name: value for name, value in silent.items() if name not in named}
-    return create_engine(url, pool_pre_ping=True, max_overflow=OVERFLOW, connect_args=given)
+    return create_engine(
+        url,
+        pool_pre_ping=True,
+        max_overflow=OVERFLOW,
+        connect_args=given,
+        json_deserializer=from_json,
+    )
 
 
 def _sqlite(url: str) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": BUSY_MS / 1000}, max_overflow=OVERFLOW)
+    engine = create_engine(
+        url,
+        connect_args={"timeout": BUSY_MS / 1000},
+        max_overflow=OVERFLOW,
+        json_deserializer=from_json,
+    )
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: Any, _record: Any) -> None:

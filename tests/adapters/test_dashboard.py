@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -294,6 +295,24 @@ def test_the_census_follows_what_changes(built: tuple[Engine, Engine, estate.Est
     assert (after["new"].active, after["new"].online) == (1, 0)
     assert after["lab"].online <= online
     assert sum(after["lab"].runs["autopilot"].values()) == total - 2
+
+
+def test_fleets_that_are_shown_together_are_read_once(
+    built: tuple[Engine, Engine, estate.Estate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, telemetry, filled = built
+    reports, readings = Store(telemetry), []
+    read = reports.sums
+    monkeypatch.setattr(reports, "sums", lambda: readings.append(1) or read())
+    ticks = itertools.count(NOW)
+    book = DeviceBook(reports, lambda: next(ticks))
+    with reading(control) as conn:
+        found = book.scores(conn, set(filled.devices))
+        (row,) = views.list_devices(conn, after="", limit=1, fleets=frozenset())
+        (shown,) = book.describe(conn, [row])
+    assert len(readings) == 1
+    assert shown["score"]["value"] == found[row.id]
+    assert shown["score"]["exposureHours"] == 40.0
 
 
 # -- live, measured -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -51,6 +52,23 @@ def engine(request: pytest.FixtureRequest, tmp_path: object) -> Iterator[Engine]
     engine = open_engine(url)
     things.metadata.create_all(engine)
     yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [1, -0.0, 1e-320, 2**80, True, None, "é\u2028"], "": {}},
+        [math.inf, -math.inf],  # what Python writes is read again, though it is no JSON
+        "half a pair: \ud800",
+    ],
+)
+def test_a_json_column_says_what_was_written(value: object, tmp_path: object) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path}/x.db")
+    things.metadata.create_all(engine)
+    with writing(engine) as conn:
+        conn.execute(insert(things).values(A | {"plain": value}))
+        assert conn.execute(select(things.c.plain)).scalar_one() == value
     engine.dispose()
 
 
