@@ -21,6 +21,7 @@ from controller.rollout.cohort import assign, scored
 from controller.rollout.model import Device
 from controller.rollout.waves import Pinned
 from controller.store import views
+from controller.store.reach import registry
 from device_agent.codec import to_wire
 from telemetry.report import DeviceRow, TelemetryReader
 from telemetry.score import Explanation, Scores, placed, score
@@ -180,14 +181,13 @@ class DeviceBook:
         plain = views.pinned_of_fleet(conn, fleet)
         if not plain:
             return _Scored(now, {})
-        pinned, rows = Pinned.from_json(plain), _of(conn, fleet)
+        pinned, devices = Pinned.from_json(plain), registry(conn, fleet, None)
         spec = pinned.policy.score
         if spec is None:
-            cohorts = _cohorts(rows, pinned, {})
+            cohorts = _cohorts(devices, pinned, {})
             return _Scored(now, cohorts, sizes=Counter(cohorts.values()))
-        ours = {row.id for row in rows}
-        result = score([day.of(ours) for day in self._days.read(spec, now)], spec)
-        cohorts = _cohorts(rows, pinned, placed(result))
+        result = score([day.of(devices) for day in self._days.read(spec, now)], spec)
+        cohorts = _cohorts(devices, pinned, placed(result))
         places = {device: place for place, device in enumerate(result.devices)}
         return _Scored(now, cohorts, places, result, Counter(cohorts.values()))
 
@@ -197,20 +197,14 @@ def _finite(number: float) -> float | None:
 
 
 def _cohorts(
-    rows: Sequence[Row[Any]], pinned: Pinned, scores: Mapping[str, tuple[float | None, int]]
+    devices: Mapping[str, Device],
+    pinned: Pinned,
+    scores: Mapping[str, tuple[float | None, int]],
 ) -> dict[str, str]:
     """The cohort that each device would be drawn from now."""
-    active = (
-        Device(id=row.id, fleet=row.fleet, labels=row.labels, status=row.status)
-        for row in rows
-        if row.status == "active"
-    )
+    active = [device for device in devices.values() if device.status == "active"]
     found = assign(pinned.fleet.cohorts, scored(active, scores), "view")
     return {c.device.id: name for name, members in found.items() for c in members}
-
-
-def _of(conn: Connection, fleet: str) -> Sequence[Row[Any]]:
-    return views.list_devices(conn, after="", limit=1_000_000, fleets=frozenset(), fleet=fleet)
 
 
 def _device(
