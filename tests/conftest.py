@@ -56,7 +56,10 @@ def mosquitto(tmp_path: Path) -> Iterator[str]:
     """The URL of an anonymous broker of this test's own."""
     port = free_port()
     config = tmp_path / "mosquitto.conf"
-    config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n")
+    config.write_text(
+        f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n"
+        "max_queued_messages 0\n"  # what it took it keeps: nobody here sends anything twice
+    )
     binary = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
     child = subprocess.Popen([binary, "-c", str(config)], stderr=subprocess.DEVNULL)
     try:

@@ -58,17 +58,20 @@ class Events:
     async def since(self, seq: int, *, patience: float) -> list[Row]:
         """Rows after `seq`, oldest first; waits up to `patience` seconds for the first one."""
         news = self._listen()
-        behind = seq < self._oldest() - 1
-        if behind and (found := await run_in_threadpool(self._rows_after, seq)):
-            return found
-        found = self._after(seq)
+        found = await self._later_than(seq)
         if not found:
             try:
                 await asyncio.wait_for(news.wait(), patience)
             except TimeoutError:
                 return []
-            found = self._after(seq)
+            found = await self._later_than(seq)
         return found[:_AT_ONCE]
+
+    async def _later_than(self, seq: int) -> list[Row]:
+        """From memory, where that reaches back so far; else from the database."""
+        if seq < self._oldest() - 1 and (found := await run_in_threadpool(self._rows_after, seq)):
+            return found
+        return self._after(seq)
 
     async def head(self) -> int:
         """The number of the newest event."""
@@ -98,13 +101,16 @@ class Events:
             await asyncio.sleep(POLL)
 
     def _read(self) -> bool:
-        if self._seq < 0:
+        """Is there news? At the first look there may be: what came while nobody looked is in no
+        memory, and a listener who found nothing before it must look again."""
+        first = self._seq < 0
+        if first:
             self._seq = self._head()
         found = self._rows_after(self._seq)
         if found:
             self._rows = [*self._rows, *found][-KEPT:]
             self._seq = found[-1].seq
-        return bool(found)
+        return first or bool(found)
 
     def _oldest(self) -> int:
         rows = self._rows

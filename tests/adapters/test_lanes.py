@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from controller.http import services
+from controller.http.events import Events
 from controller.http.lanes import Lanes
 from controller.roles import Role
 from controller.store import views
@@ -150,6 +151,27 @@ def test_a_button_is_taken_while_every_other_thread_is_busy(
             return done.status_code
 
     assert asyncio.run(asyncio.wait_for(story(), 60)) == 303
+
+
+def test_what_comes_before_the_first_look_is_heard_by_who_listened_before_it(house: House) -> None:
+    """It is in no memory, and it came after the listener had asked the database."""
+    house.add_rollout()
+    events = Events(house.deps.engine)
+    head = events._head
+
+    def late() -> int:
+        body = {"scope": "hardware", "value": "hw1", "reason": "smoke"}
+        assert house.client.post("/api/v1/stop", json=body).status_code == 202
+        return head()
+
+    async def story() -> list[int]:
+        events._head = late  # type: ignore[method-assign]
+        try:
+            return [row.seq for row in await events.since(0, patience=30.0)]
+        finally:
+            events.stop()
+
+    assert asyncio.run(story()) == [1]
 
 
 def test_every_listener_gets_every_event_once_and_in_order(
