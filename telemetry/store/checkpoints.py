@@ -10,11 +10,10 @@ Rules, in order:
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 
-import psycopg
 from sqlalchemy import Connection, Engine, bindparam, delete, func, select
+from sqlalchemy.exc import IntegrityError
 
 from telemetry.store import bulk, layouts, sums, tables
 from telemetry.store.database import reading, writing
@@ -40,7 +39,7 @@ def take(engine: Engine, now: float) -> bool:
             connection.execute(delete(table).where(table.c.day > today))
             for row in rows:  # one by one: each is large
                 bulk.insert(connection, table, [row])
-    except (sqlite3.IntegrityError, psycopg.IntegrityError):
+    except IntegrityError:
         return False  # another process was faster
     return bool(rows)
 
