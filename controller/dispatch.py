@@ -120,7 +120,7 @@ class Dispatch:
             if hold.fleet == known[device].fleet
             and _covers(world, hold, known[device], memberships)
         )
-        return withholding.rejected(order, row.components if row else {}, holds)
+        return withholding.rejected(order, row, holds)
 
     def compose(self, world: World, most: int, now: float, *, before: float | None) -> Part:
         """The next part: at most so many devices. `before`: when a lost database was found."""

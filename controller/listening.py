@@ -17,6 +17,7 @@ from controller.memory import Memory
 from controller.rollout import standing
 from controller.rollout.ears import Ears
 from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
+from controller.rollout.withholding import HEED
 from controller.rollout.world import World
 from telemetry.report import DeviceRow, TelemetryReader
 
@@ -24,7 +25,6 @@ log = structlog.get_logger()
 
 LATELY = 3600.0  # seconds: a device out of contact for longer is off
 CROWD = 5  # devices: fewer tell nothing about the road to them
-HEED = 30.0  # seconds after which a report of an older order means that ours was not received
 PAGE = 1_000  # rows of devices read in one turn, about; and messages of health
 
 

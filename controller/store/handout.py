@@ -6,7 +6,6 @@ API takes holds and answers devices. So what the loop would not send any more is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Row
@@ -16,8 +15,8 @@ from controller.rollout import scope, withholding
 from controller.rollout.model import ActiveHold, Device
 from controller.rollout.waves import Pinned
 from controller.store import rollouts as store
-from device_agent.protocol import ComponentReport, Kind
-from telemetry.report import TelemetryReader
+from device_agent.protocol import Kind
+from telemetry.report import DeviceRow, TelemetryReader
 
 
 def order(conn: Connection, device: Row[Any], reader: TelemetryReader) -> bytes | None:
@@ -35,17 +34,16 @@ def order(conn: Connection, device: Row[Any], reader: TelemetryReader) -> bytes 
     stops = store.load_stops(conn)
     if not holds and not stops:
         return body
-    running = _running(reader, known.id)
-    overtaken = withholding.rejected(last, running, holds)
-    return None if overtaken or withholding.stays(last, running, known, stops) else body
+    row = _last_word(reader, known.id)
+    overtaken = withholding.rejected(last, row, holds)
+    return None if overtaken or withholding.stays(last, row, known, stops) else body
 
 
-def _running(reader: TelemetryReader, device: str) -> Mapping[str, ComponentReport]:
+def _last_word(reader: TelemetryReader, device: str) -> DeviceRow | None:
     try:
-        report = reader.device(device)
+        return reader.device(device)
     except SQLAlchemyError:  # then nothing is known to run: what leads forward is withheld
-        return {}
-    return report.components if report is not None else {}
+        return None
 
 
 def _bears_on(conn: Connection, hold: ActiveHold, device: Device, told: frozenset[str]) -> bool:

@@ -383,3 +383,23 @@ def test_what_a_device_failed_at_is_told_again_when_it_is_the_only_way_away(worl
     running = {d.disk.active[texts.COMPONENT] for d in world.devices.values()}
     assert running == {texts.artifact("2")}
     assert world.check() == []
+
+
+def test_who_may_have_left_what_is_held_is_not_told_it_again(world: World) -> None:
+    """Seed 322157: reverted to while it was out of touch, and held for all that run it."""
+    publish(world, "2")
+    world.run(0.5)
+    world.devices["car-0"].lose_network(60)
+    world.run(3)
+    assert world.devices["car-0"].disk.active[texts.COMPONENT] == texts.artifact("2")
+    world.commit({"cars.yaml": texts.rollout("1", STEPS, {"silentAfter": "20s"})})
+    world.run(1)
+    assert world.ask("promote")
+    world.run(3)
+    assert world.ask("hold")
+    told = len(orders(world, "car-0"))
+    world.broker_away(3, forgot=True)
+    world.run(20)
+    assert "app-1" not in releases(orders(world, "car-0")[told:])
+    world.run(90)
+    assert world.check() == []
