@@ -15,8 +15,9 @@ REJECTED, OTHER = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 def order(digest: str = REJECTED, *, at: float = 100.0, kind: Kind = Kind.INSTALL) -> Order:
     told = Told(release="app-1", digest=digest, at=at, rollout=None)
     return Order(
-        device="car-1", term=1, generation=2, attempt="a", kind=kind, components={"app": told}, at=at
-    )
+        device="car-1", term=1, generation=2, attempt="a", kind=kind, components={"app": told},
+        at=at,
+    )  # fmt: skip
 
 
 def word(generation: int, at: float, *, runs: str = REJECTED) -> DeviceRow:
