@@ -37,19 +37,13 @@ def added(row: Packed, hours: Iterable[Hour]) -> Packed:
     layout = row.layout
     numbers = list(layout.struct.unpack(row.sums))
     for hour in hours:
-        if not _holds(layout, hour):
-            layout, numbers = _grown(layout, numbers, hour)
-        _add(layout, numbers, hour)
+        before = numbers.copy()
+        try:
+            _add(layout, numbers, hour)
+        except KeyError:  # a new name; asking for all of them beforehand costs as much as adding
+            layout, numbers = _grown(layout, before, hour)
+            _add(layout, numbers, _within(layout, hour))
     return Packed(layout, layout.struct.pack(*numbers))
-
-
-def _holds(layout: Layout, hour: Hour) -> bool:
-    places = layout.places
-    return (
-        hour.counters.keys() <= places[Kind.COUNTER].keys()
-        and hour.exposure.keys() <= places[Kind.EXPOSURE].keys()
-        and hour.levels.keys() <= places[Kind.LEVEL].keys()
-    )
 
 
 def _grown(layout: Layout, numbers: list[float], hour: Hour) -> tuple[Layout, list[float]]:
@@ -69,15 +63,26 @@ def _grown(layout: Layout, numbers: list[float], hour: Hour) -> tuple[Layout, li
     return wider, moved
 
 
+def _within(layout: Layout, hour: Hour) -> Hour:
+    """What of the hour there is room for."""
+    counters, exposure, _, levels = layout.places.values()
+    return Hour(
+        counters={name: n for name, n in hour.counters.items() if name in counters},
+        exposure={name: x for name, x in hour.exposure.items() if name in exposure},
+        levels={name: sums for name, sums in hour.levels.items() if name in levels},
+    )
+
+
 def _add(layout: Layout, numbers: list[float], hour: Hour) -> None:
-    places = layout.places
-    for kind, table in ((Kind.COUNTER, hour.counters), (Kind.EXPOSURE, hour.exposure)):
-        own = places[kind]
-        for name, more in table.items():
-            if name in own and more <= HUGE:
-                numbers[own[name]] += more
-    samples, levels = places[Kind.SAMPLES], places[Kind.LEVEL]
+    """Raises KeyError for a name that is not in the layout."""
+    counters, exposure, samples, levels = layout.places.values()
+    for name, count in hour.counters.items():
+        if count <= HUGE:
+            numbers[counters[name]] += count
+    for name, amount in hour.exposure.items():
+        if amount <= HUGE:
+            numbers[exposure[name]] += amount
     for name, (n, total, _) in hour.levels.items():
-        if name in levels and -HUGE <= total <= HUGE:
+        if -HUGE <= total <= HUGE:
             numbers[samples[name]] += n
             numbers[levels[name]] += total
