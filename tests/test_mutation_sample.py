@@ -24,7 +24,8 @@ GUARDS = {
     "telemetry/evidence/levels.py": ("evidence_curves", "evidence_levels", "gate"),
     "telemetry/evidence/curves.py": ("evidence_curves", "gate"),
     "telemetry/evidence/fleetwide.py": ("fleetwide",),
-    "controller/rollout/gate.py": ("gate",),
+    "telemetry/evidence/proofs.py": ("not_back", "gate"),
+    "controller/rollout/gate.py": ("not_back", "gate_words", "gate"),
     "controller/rollout/cohort.py": ("cohort",),
     "controller/rollout/controls.py": ("cohort",),
 }

@@ -1,7 +1,8 @@
 """FLEET-10K / PLAN-4: what each method does to good and bad releases, side by side.
 
 `--runs N` runs of each `--scenario S0,S2` with each `--method engine,argo`, seeds `--seed` and up,
-on `--jobs` processes. `--real CSV` instead: calibration on a fleet's own history (`real`).
+on `--jobs` processes. What a tick costs is measured with all of them, or alone: `--scenario tick`.
+`--real CSV` instead: calibration on a fleet's own history (`real`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bench.decisions.plan import Result
 from bench.report import Options, Row
 
 RUNS = 20
+TICK = "tick"  # no scenario: the cost of a decision
 
 
 def run(options: Options) -> list[Row]:
@@ -24,10 +26,11 @@ def run(options: Options) -> list[Row]:
         from bench.decisions import real
 
         return real.run(options)
-    scenarios = _chosen(options.scenario, tuple(SCENARIOS), "scenario")
+    chosen = _chosen(options.scenario, (*SCENARIOS, TICK), "scenario")
     methods = _chosen(options.method, trial.METHODS, "method")
+    scenarios = tuple(name for name in chosen if name != TICK)
     found = table.rows(results(options, scenarios, methods))
-    if options.scenario is None and trial.OURS in methods:
+    if TICK in chosen and trial.OURS in methods:
         found += tick.rows()
     return found
 

@@ -13,8 +13,10 @@ from controller.rollout.gate import Case, Judgement, Outcome, Silence, StepLimit
 from controller.rollout.model import Arm, Member, MemberState
 from device_agent.protocol import State
 from telemetry.evidence import first_events
+from telemetry.evidence import outcome as shares
 from telemetry.evidence.levels import Sums
 from telemetry.evidence.observations import ArmTotals, FirstEvents, MetricSeen, Observations
+from telemetry.evidence.proofs import proof
 from telemetry.policy import UPDATE_OK, Engine, Gate, GateType, Margin, Policy
 from telemetry.report import DeviceRow
 
@@ -110,6 +112,36 @@ def test_other_methods_see_who_activates_as_unfinished() -> None:
     case = Case(policy=PLAIN, step=STEP, outcomes=third_wave(activating=2, pending=3))
     look = hindsight._as_look(hindsight.Seen(at=1.0, case=case, judgement=judge(case)))
     assert (look.group, look.finished) == (900, 895)
+
+
+# -- what a proof lacks ----------------------------------------------------------------------------
+
+
+def test_the_clean_devices_that_a_proof_lacks_are_counted() -> None:
+    engine = Engine()
+    total = next(n for n in range(1, 1000) if shares.safe(engine, 2, n, 0.07) >= 1 / engine.beta)
+    found = proof(engine, "failed", {"A": (2, 100)}, 0.07)
+    assert found.lacks == (
+        f"update_ok: 98 of {total - 2} devices needed without failure to refute 7 % failed "
+        "(2 failed)"
+    )
+    assert found.unproven == ()
+    clean = proof(engine, "failed", {"A": (0, 9)}, 0.08)
+    assert clean.lacks == "update_ok: 9 of 44 devices needed without failure to refute 8 % failed"
+
+
+def test_a_hardware_speaks_for_itself_from_twice_the_devices_that_a_clean_proof_needs() -> None:
+    many, twice = (0, 2000), 2 * 44
+    below = proof(Engine(), "failed", {"A": many, "B": (2, twice - 1)}, 0.08)
+    assert below.unproven == ("B",)
+    assert below.safe > 1 / Engine().beta
+    enough = proof(Engine(), "failed", {"A": many, "B": (2, twice)}, 0.08)
+    assert enough.unproven == ()
+    assert enough.safe == pytest.approx(shares.safe(Engine(), 2, twice, 0.08))
+    # Fewer devices are enough where they prove it themselves: then they are not named.
+    alone = proof(Engine(), "failed", {"A": many, "B": (0, 44)}, 0.08)
+    assert alone.unproven == ()
+    assert 1 / Engine().beta <= alone.safe < 2 / Engine().beta
 
 
 # -- growing ---------------------------------------------------------------------------------------
