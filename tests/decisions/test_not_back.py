@@ -55,7 +55,10 @@ def test_a_device_lost_in_activation_has_failed() -> None:
 
 
 def test_who_activates_may_be_lost_and_who_installs_is_left_out() -> None:
-    assert verdict(*third_wave(activating=3), policy=PATIENT).verdict is Verdict.WAIT
+    away = verdict(*third_wave(activating=3), policy=PATIENT)
+    assert away.verdict is Verdict.WAIT
+    assert away.numbers["proofs"]["failed or lost"]["bad"] == 3
+    assert away.numbers["proofs"]["failed"]["bad"] == 3
     waiting = verdict(*third_wave(pending=3), policy=PATIENT)
     assert waiting.verdict is Verdict.WIDEN
     assert waiting.numbers["proofs"]["failed"] == pytest.approx(
