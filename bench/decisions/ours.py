@@ -38,6 +38,7 @@ POLICY = Policy(
     ),
 )
 CONTROLS = 6  # a device: more would leave none for the third wave
+DOUBLINGS = 2
 RAMP = (1, 1, 1, 1)  # hours over which a wave's orders are given
 
 
@@ -54,6 +55,8 @@ class Ours(Rollout):
         self.control_of = np.full(devices, -1)  # wave
         self.enrolled: Bools = np.zeros(devices, dtype=np.bool_)  # as control, and heard
         self.grown = 0  # devices that this wave took beyond its plan
+        self.soaks_from = 0  # hour: a wave that has grown soaks anew
+        self.doublings = 0
         self.wave_of = np.full(devices, -1)
         # What was reported before a device counted is its own past, as the ledger has it.
         self.before = np.zeros((4, devices))  # hours, messages, incidents' hours, Σ temperature
@@ -167,7 +170,7 @@ class Ours(Rollout):
     def case(self, hour: Hour) -> Case:
         started, wave = self.started, self.wave_of
         here = started & (wave == self.wave)
-        soaked = (hour.at - self.opened[-1] + 1) * 3600.0
+        soaked = (hour.at - self.soaks_from + 1) * 3600.0
         fine = here & self.running(0)
         return Case(
             policy=self.policy,
@@ -236,11 +239,13 @@ class Ours(Rollout):
         elif judged.verdict is Verdict.WIDEN:
             self.widen(at)
             self.state, self.grown, self.ended = "running", 0, HORIZON
+            self.soaks_from, self.doublings = self.opened[-1], 0
             self.draw_controls()
-        elif judged.numbers.get("grow") and not self.grown:
-            # Every outcome is known and proves nothing: more devices can, more time cannot.
-            self.grown = WAVES[self.wave] - (WAVES[self.wave - 1] if self.wave else 0)
-        elif at - self.opened[-1] + 1 >= MAX_SOAK and self.state == "running":
+        elif judged.numbers.get("grow") and self.doublings < DOUBLINGS:
+            # Every outcome is known and proves too little: more devices can, more time cannot.
+            self.grown += WAVES[self.wave] - (WAVES[self.wave - 1] if self.wave else 0) + self.grown
+            self.soaks_from, self.doublings = at + 1, self.doublings + 1
+        elif at - self.soaks_from + 1 >= MAX_SOAK and self.state == "running":
             # Waits for a person; watched, and rolled back still if the evidence comes.
             self.state = "held"
             self.cause = str(judged.numbers.get("binding", ""))

@@ -24,7 +24,7 @@ from controller.rollout.model import (
     RolloutState,
 )
 from controller.rollout.standing import patience, reachable
-from controller.rollout.waves import Pinned, Wave, grown
+from controller.rollout.waves import Pinned, Wave, doublings, grown
 from controller.rollout.world import Action, Change, Decision, Put, World
 
 
@@ -32,8 +32,8 @@ def draw_step(
     world: World, rollout: Rollout, pinned: Pinned, wave: Wave, now: float
 ) -> Iterator[Action]:
     members = world.members.get(rollout.id, {})
-    if rollout.flags.get("grown") == rollout.step:
-        wave = grown(pinned.waves, wave)
+    if times := doublings(rollout.flags, rollout.step):
+        wave = grown(pinned.waves, wave, times)
     if rollout.step == 0 and not members:
         put = opening.returning(world, rollout, now)
         if put is not None:

@@ -24,7 +24,7 @@ from controller.rollout.model import (
     RolloutState,
 )
 from controller.rollout.standing import Standing, deaf, standing
-from controller.rollout.waves import Pinned, Wave, grown
+from controller.rollout.waves import DOUBLINGS, Pinned, Wave, doublings, grown
 from controller.rollout.world import Action, Change, Decision, Look, Prove, Reject, World
 
 if TYPE_CHECKING:
@@ -62,18 +62,21 @@ def judge_step(
 def _grows(rollout: Rollout, pinned: Pinned, wave: Wave, judgement: Judgement) -> bool:
     """Every outcome is known and proves nothing: time adds nothing, and the policy says grow."""
     wanted = pinned.rollout.strategy.on_inconclusive.action == "grow"
-    once = rollout.flags.get("grown") != rollout.step
-    room = rollout.step < len(pinned.waves) - 1 and grown(pinned.waves, wave).step != wave.step
+    times = doublings(rollout.flags, rollout.step)
+    larger, largest = (grown(pinned.waves, wave, n) for n in (times + 1, times))
+    room = rollout.step < len(pinned.waves) - 1 and larger.step != largest.step
     stuck = bool(judgement.numbers.get("grow")) and judgement.verdict is Verdict.WAIT
     asked = stuck or judgement.verdict is Verdict.INCONCLUSIVE
-    ours = wave.fixes is None and not wave.recall
-    return wanted and once and room and asked and ours and rollout.state is RolloutState.SOAKING
+    ours = wave.fixes is None and not wave.recall and rollout.state is RolloutState.SOAKING
+    return wanted and times < DOUBLINGS and room and asked and ours
 
 
 def _grow(
     rollout: Rollout, wave: Wave, case: casework.Case, judgement: Judgement, now: float
 ) -> Iterator[Action]:
-    sentence = f"GROWING — {wave.name} is doubled once: more devices can tell what more time cannot"
+    times = doublings(rollout.flags, rollout.step) + 1
+    how = "is doubled" if times == 1 else "is doubled again"
+    sentence = f"GROWING — {wave.name} {how}: more devices can tell what more time cannot"
     sentence += f"; {judgement.sentence}"
     yield Decision(
         rollout=rollout.id,
@@ -83,7 +86,7 @@ def _grow(
         inputs=case.to_json(),
         numbers=judgement.numbers,
     )
-    flags = {**rollout.flags, "grown": rollout.step, "drawn": None}
+    flags = {**rollout.flags, "grown": rollout.step, "doublings": times, "drawn": None}
     yield Change(rollout=replace(rollout, flags=flags, sentence=sentence, updated_at=now))
 
 

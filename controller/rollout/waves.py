@@ -35,13 +35,21 @@ class Wave:
         return f"{self.fixes}'s devices" if self.fixes else f"{self.step.cohort} {share}"
 
 
-def grown(waves: tuple[Wave, ...], wave: Wave) -> Wave:
-    """The wave at twice its size: as many devices again as it was planned to add, at most all."""
+DOUBLINGS = 2  # of a wave, at most
+
+
+def doublings(flags: Mapping[str, Any], step: int) -> int:
+    """How often this step has grown."""
+    return int(flags.get("doublings", 1)) if flags.get("grown") == step else 0
+
+
+def grown(waves: tuple[Wave, ...], wave: Wave, times: int = 1) -> Wave:
+    """The wave at twice its size, so many times: what it was planned to add is doubled."""
     before = max(
         (w.step.percent for w in waves[: wave.index] if w.step.cohort == wave.step.cohort),
         default=0.0,
     )
-    percent = min(1.0, 2 * wave.step.percent - before)
+    percent = min(1.0, before + 2**times * (wave.step.percent - before))
     step = wave.step.model_copy(update={"percent": max(wave.step.percent, percent)})
     return replace(wave, step=step)
 

@@ -691,6 +691,28 @@ def test_a_wave_too_small_to_prove_anything_is_doubled_once(story: Story, rule: 
     assert story.versions() == {"2": 40}
 
 
+@pytest.mark.parametrize(("percent", "canaries"), [("25%", 40), ("10%", 5)])
+def test_a_wave_is_doubled_at_most_twice(story: Story, percent: str, canaries: int) -> None:
+    """3 canaries become 6, then the 12 that refute 30 %; 10 % become 5: a person."""
+    few = {"cohort": "canary", "percent": percent, "soak": "3s", "maxSoak": "20s"}
+    steps = [{**few, "margins": MARGINS}, {"cohort": "general", "soak": "3s", "margins": MARGINS}]
+    story.commit(
+        *base(),
+        rollout(
+            "cars", "app-2", steps=steps, strategy={"onInconclusive": "grow", "partial": "true"}
+        ),
+    )
+    story.run(120)
+    with reading(story.engine) as conn:
+        said = conn.execute(select(decisions.c.sentence)).scalars().all()
+    growing = [sentence for sentence in said if sentence.startswith("GROWING")]
+    assert len(growing) == 2
+    assert "is doubled:" in growing[0]
+    assert "is doubled again:" in growing[1]
+    assert story.versions()["2"] == canaries
+    assert story.rollout().state == ("Completed" if canaries == 40 else "Inconclusive")
+
+
 # -- what the loop remembers is what counting from the beginning says ------------------------------
 
 
