@@ -108,6 +108,8 @@ def _stays(look: Look, sent: Sent, hold: Row, held: set[str], order: Desired) ->
     if truth is None:
         return held <= look.runs(sent.device)
     began = {start.digest for start in truth.starts if start.at <= sent.at}
+    if not began:  # it ran what it left the factory with, which no start has put there
+        began = set(truth.had) - {start.digest for start in truth.starts}
     return held <= began or held <= set(truth.active.values())
 
 

@@ -403,3 +403,21 @@ def test_who_may_have_left_what_is_held_is_not_told_it_again(world: World) -> No
     assert "app-1" not in releases(orders(world, "car-0")[told:])
     world.run(90)
     assert world.check() == []
+
+
+def test_what_a_device_left_the_factory_with_may_be_named_again_where_it_may_stay(
+    world: World,
+) -> None:
+    """Seed 409525: its old order is handed out under a hold that lets devices stay."""
+    text = texts.hold(HOLD, "1", texts.digest_of("1"), to="stay", at="2027-01-15T08:00:00Z")
+    world.register("car-9")
+    world.enrol("car-9").start()
+    world.run(12)
+    world.commit({f"holds/{HOLD}.yaml": text})
+    world.run(6)
+    for device in world.devices.values():
+        world.hand_out(device)
+    publish(world, "2")
+    world.run(60)
+    assert {d.disk.active[texts.COMPONENT] for d in world.devices.values()} == {texts.artifact("2")}
+    assert world.check() == []
