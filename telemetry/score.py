@@ -155,10 +155,11 @@ def _linear(totals: Totals, spec: ScoreSpec) -> Scores:
     hours = totals.exposure.get(HOURS, np.zeros(n))
     parts = {name: np.empty(n) for name in names}
     x = {name: np.empty(n) for name in names}
+    levels = [_level(totals, factor.metric) for factor in spec.factors]
     for first in range(0, n, _BLOCK):
         block = slice(first, first + _BLOCK)
-        for name, factor in zip(names, spec.factors, strict=True):
-            seen = _seen(totals, factor, block)
+        for name, factor, level in zip(names, spec.factors, levels, strict=True):
+            seen = _rate(totals, factor, block) if level is None else level[block]
             penalty = np.clip((seen - factor.good) / (factor.bad - factor.good), 0.0, 1.0)
             penalty *= factor.weight
             x[name][block], parts[name][block] = seen, penalty
@@ -189,12 +190,19 @@ def placed(scores: Scores) -> dict[str, tuple[float | None, int]]:
     return dict(zip(scores.devices, zip(values, bands(scores).tolist(), strict=True), strict=True))
 
 
-def _seen(totals: Totals, factor: Factor, block: slice) -> Floats:
-    """x of one factor; NaN where it is unknown."""
-    level = totals.levels.get(factor.metric)
+def _level(totals: Totals, metric: str) -> Floats | None:
+    """The metric as a level; None where it counts events. What more devices report it as, it is:
+    one that gives another's name to something else changes its own score, and not what the factor
+    means for the fleet."""
+    level, counts = totals.levels.get(metric), totals.counters.get(metric)
+    if level is None or counts is None:
+        return level
+    return level if np.count_nonzero(~np.isnan(level)) > np.count_nonzero(counts) else None
+
+
+def _rate(totals: Totals, factor: Factor, block: slice) -> Floats:
+    """Events for each unit of exposure; NaN where there was none."""
     counts = totals.counters.get(factor.metric)
-    if counts is None and level is not None:
-        return level[block]
     amount, unit = unit_of(factor.per)
     size = len(totals.devices[block])
     exposure = totals.exposure.get(unit)

@@ -56,6 +56,26 @@ def naive(totals: Totals, place: int) -> float | None:
     return max(0.0, value)
 
 
+def test_one_device_does_not_change_what_a_factor_means_for_the_others() -> None:
+    honest = fleet(100)
+    names = [*honest.devices, "z-liar"]
+
+    def longer(columns: dict[str, np.ndarray], own: float) -> dict[str, np.ndarray]:
+        return {name: np.append(column, own) for name, column in columns.items()}
+
+    counters = longer(dict(honest.counters), 5.0)
+    counters["battery"] = np.append(np.zeros(100), 9.0)  # a level's name for events
+    levels = longer(dict(honest.levels), math.nan)
+    levels["braking"] = np.append(np.full(100, math.nan), 4.0)  # and the other way round
+    lied = Totals(
+        devices=names,
+        counters=counters,
+        exposure=longer(dict(honest.exposure), 100.0),
+        levels=levels,
+    )
+    np.testing.assert_array_equal(score([lied], SPEC).value[:100], score([honest], SPEC).value)
+
+
 def test_the_whole_fleet_at_once_equals_a_naive_loop() -> None:
     totals = fleet(70_000)  # more than one block
     result = score(totals, SPEC)
