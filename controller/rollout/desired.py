@@ -255,7 +255,7 @@ def _base(place: Place, component: str, catalog: Catalog, now: float) -> Told | 
     return Told(release=running.release, digest=running.digest, at=0.0, rollout=None)
 
 
-def _lost(place: Place, component: str, digest: str) -> bool:
+def _failed_at(place: Place, component: str, digest: str) -> bool:
     """Did it fail at just this, under another rollout's name, and must leave what it fell to?"""
     told = place.last.components.get(component) if place.last else None
     if told is None or told.digest != digest:
@@ -282,7 +282,7 @@ def _by_rollout(
         proven = place.proven.get(component)
         if proven is not None and proven.at > at:
             continue
-        if _lost(place, component, digest):
+        if _failed_at(place, component, digest):
             continue
         if member.state is MemberState.FAILED and _gave_up(place, component, rollout):
             if base is not None and base.rollout == rollout.id:
