@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from controller.orders import Issuer
@@ -148,7 +149,7 @@ class Dispatch:
 
     def _take(self, most: int) -> list[str]:
         source = self._urgent or self._rest
-        names = sorted(source) if len(source) <= most else list(source)[:most]
+        names = sorted(source) if len(source) <= most else list(islice(source, most))
         for name in names:
             del source[name]
         return names

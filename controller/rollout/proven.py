@@ -38,23 +38,24 @@ class Proofs:
         self, device: Device, *, without: frozenset[str] = NONE, rejected: frozenset[str] = NONE
     ) -> Mapping[str, Proven]:
         """Component → what is proven. `without`: releases; `rejected`: artifact digests."""
-        labels = tuple(device.labels.get(label) for label in self._asked(device.fleet))
+        labels = tuple([device.labels.get(label) for label in self._asked(device.fleet)])
         key = (device.fleet, device.hardware, labels, without, rejected)
-        if key not in self._found:
-            self._found[key] = self._newest(device, without, rejected)
-        return self._found[key]
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._newest(device, without, rejected)
+        return found
 
     def _asked(self, fleet: str) -> tuple[str, ...]:
-        if fleet not in self._labels:
+        known = self._labels.get(fleet)
+        if known is None:
             names = {one.release for (of, _, _), one in self._proven.items() if of == fleet}
             names |= {one.release for one in self._completed if one.fleet == fleet}
             names |= set(self._baselines.get(fleet, {}).values())
             releases = (self._catalog.releases.get(name) for name in names)
             artifacts = (a for release in releases if release for a in release.artifacts)
-            self._labels[fleet] = tuple(
-                sorted({label for a in artifacts for label in a.compatible})
-            )
-        return self._labels[fleet]
+            known = tuple(sorted({label for a in artifacts for label in a.compatible}))
+            self._labels[fleet] = known
+        return known
 
     def _newest(
         self, device: Device, without: Collection[str], rejected: Collection[str]
