@@ -25,7 +25,13 @@ GUARDS = {
     "telemetry/evidence/curves.py": ("evidence_curves", "gate"),
     "telemetry/evidence/fleetwide.py": ("fleetwide",),
     "telemetry/evidence/proofs.py": ("not_back", "gate"),
-    "controller/rollout/gate.py": ("not_back", "uneven_arms", "gate_words", "gate"),
+    "controller/rollout/gate.py": (
+        "not_back",
+        "gate_limits",
+        "uneven_arms",
+        "gate_words",
+        "gate",
+    ),
     "controller/rollout/cohort.py": ("cohort",),
     "controller/rollout/controls.py": ("cohort",),
 }
