@@ -19,8 +19,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GUARDS = {
-    "telemetry/evidence/outcome.py": ("evidence_curves", "gate"),
-    "telemetry/evidence/first_events.py": ("evidence_curves", "gate"),
+    "telemetry/evidence/outcome.py": (
+        "past_and_needs",
+        "evidence_curves",
+        "evidence_promise",
+        "gate",
+    ),
+    "telemetry/evidence/first_events.py": ("past_and_needs", "evidence_curves", "gate"),
     "telemetry/evidence/levels.py": ("evidence_curves", "evidence_levels", "gate"),
     "telemetry/evidence/curves.py": ("evidence_curves", "gate"),
     "telemetry/evidence/fleetwide.py": ("fleetwide",),
