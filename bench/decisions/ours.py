@@ -14,6 +14,7 @@ from bench.decisions.fleet import HARDWARE, Bools, Fleet, Hour, Scenario
 from bench.decisions.plan import HORIZON, SOAK, TAIL, WAVES, Rollout
 from controller.rollout import gate
 from controller.rollout.gate import Case, Judgement, Outcome, Past, Silence, StepLimits, Verdict
+from controller.rollout.waves import DOUBLINGS
 from telemetry.evidence import first_events
 from telemetry.evidence.ledger import shape_of
 from telemetry.evidence.tally import Rollup, Tally, observe
@@ -38,7 +39,7 @@ POLICY = Policy(
     ),
 )
 CONTROLS = 6  # a device: more would leave none for the third wave
-DOUBLINGS = 2
+MIN_REPORTING = 0.8
 RAMP = (1, 1, 1, 1)  # hours over which a wave's orders are given
 
 
@@ -55,7 +56,7 @@ class Ours(Rollout):
         self.control_of = np.full(devices, -1)  # wave
         self.enrolled: Bools = np.zeros(devices, dtype=np.bool_)  # as control, and heard
         self.grown = 0  # devices that this wave took beyond its plan
-        self.soaks_from = 0  # hour: a wave that has grown soaks anew
+        self.soaks_from = 0  # hour
         self.doublings = 0
         self.wave_of = np.full(devices, -1)
         # What was reported before a device counted is its own past, as the ledger has it.
@@ -180,7 +181,7 @@ class Ours(Rollout):
                 min_soak=SOAK * 3600.0,
                 max_soak=MAX_SOAK * 3600.0,
                 soaked=soaked,
-                min_reporting=0.8,
+                min_reporting=MIN_REPORTING,
                 reporting=int((fine & ~self.silent).sum()),
                 updated=int(fine.sum()),
             ),
@@ -227,6 +228,10 @@ class Ours(Rollout):
             if started[s]
         )
 
+    def begun(self) -> bool:
+        """Have most of those who were told installed it? Before that no step is judged."""
+        return float(self.started[self.place < self.told].mean()) >= MIN_REPORTING
+
     # -- what follows ------------------------------------------------------------------------------
 
     def follow(self, judged: Judgement, at: int) -> None:
@@ -241,10 +246,11 @@ class Ours(Rollout):
             self.state, self.grown, self.ended = "running", 0, HORIZON
             self.soaks_from, self.doublings = self.opened[-1], 0
             self.draw_controls()
-        elif judged.numbers.get("grow") and self.doublings < DOUBLINGS:
+        elif judged.numbers.get("grow") and self.doublings < DOUBLINGS and self.begun():
             # Every outcome is known and proves too little: more devices can, more time cannot.
             self.grown += WAVES[self.wave] - (WAVES[self.wave - 1] if self.wave else 0) + self.grown
-            self.soaks_from, self.doublings = at + 1, self.doublings + 1
+            # It has soaked, and has the rest until the maximum once more.
+            self.soaks_from, self.doublings = at + 1 - SOAK, self.doublings + 1
         elif at - self.soaks_from + 1 >= MAX_SOAK and self.state == "running":
             # Waits for a person; watched, and rolled back still if the evidence comes.
             self.state = "held"

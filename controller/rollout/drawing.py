@@ -32,8 +32,11 @@ def draw_step(
     world: World, rollout: Rollout, pinned: Pinned, wave: Wave, now: float
 ) -> Iterator[Action]:
     members = world.members.get(rollout.id, {})
+    soaked = 0.0
     if times := doublings(rollout.flags, rollout.step):
         wave = grown(pinned.waves, wave, times)
+        # More devices are asked for, not more time; until the maximum there is as much as before.
+        soaked = min(rollout.soak, wave.step.soak.total_seconds())
     if rollout.step == 0 and not members:
         put = opening.returning(world, rollout, now)
         if put is not None:
@@ -70,7 +73,7 @@ def draw_step(
             state=RolloutState.PROGRESSING,
             sentence=f"PROGRESSING — {sentence}",
             step_at=now,
-            soak=0.0,
+            soak=soaked,
             soak_mark=None,
             updated_at=now,
             revision=rollout.revision + 1,

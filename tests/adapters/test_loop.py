@@ -713,6 +713,25 @@ def test_a_wave_is_doubled_at_most_twice(story: Story, percent: str, canaries: i
     assert story.rollout().state == ("Completed" if canaries == 40 else "Inconclusive")
 
 
+def test_a_wave_that_grows_has_soaked_already(story: Story) -> None:
+    """It asked for devices, not for time; but it gets what is left until the maximum once more."""
+    half = {"cohort": "canary", "percent": "50%", "soak": "30s", "maxSoak": "90s"}
+    steps = [{**half, "margins": MARGINS}, {"cohort": "general", "soak": "3s", "margins": MARGINS}]
+    story.commit(
+        *base(),
+        rollout(
+            "cars", "app-2", steps=steps, strategy={"onInconclusive": "grow", "partial": "true"}
+        ),
+    )
+    for _ in range(60):
+        story.run(1)
+        if story.rollout().flags.get("grown") == 0:
+            break
+    assert story.rollout().flags["grown"] == 0
+    story.run(11)  # far less than to soak anew
+    assert story.rollout().step == 1
+
+
 # -- what the loop remembers is what counting from the beginning says ------------------------------
 
 
