@@ -103,6 +103,12 @@ class Device:
         core = self._agent
         return core is not None and core.state in update.TERMINAL and self._connected
 
+    @property
+    def awaits_lease(self) -> bool:
+        """Has its order's lease passed by its clock? A new one comes after minutes, if ever."""
+        current = self._agent.record.update if self._agent is not None else None
+        return current is not None and current.blocked_by == (Reason.LEASE_EXPIRED,)
+
     # -- life -------------------------------------------------------------------------------------
 
     def start(self) -> None:

@@ -119,7 +119,7 @@ def _heal(world: World) -> None:
 
 
 def _settle(world: World) -> None:
-    """Run on until every device is idle and in touch, and the loop has nothing to say."""
+    """Run on until every device is idle and in touch, and the loop has nothing to say soon."""
     before = ""
     for _ in range(PATIENCE):
         world.run(QUIET)
@@ -133,7 +133,7 @@ def _state(world: World) -> str:
     with reading(world.databases.control) as conn:
         waiting = _WAITING.one(conn)[0]
         states = _STATES.all(conn)
-    idle = all(d.settled for d in world.devices.values() if d.in_service)
+    idle = all(d.settled or d.awaits_lease for d in world.devices.values() if d.in_service)
     idle = idle and all(row.state != "RollingBack" for row in states)
     loops = (controller.loop for controller in world.controllers)
     idle = idle and not any(loop.waits(world.now + 2 * SETTLES) for loop in loops if loop)
