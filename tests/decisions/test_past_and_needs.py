@@ -99,6 +99,16 @@ def test_what_no_wait_can_mend_is_said_first() -> None:
     assert "; and 2 more" in found.sentence
 
 
+def test_it_is_said_before_outcomes_that_speak_against_the_release() -> None:
+    """Their proof is then below 1, and above nothing."""
+    some = Outcome(wave=0, hardware="A", started=40, committed=38, failed=2)
+    step = StepLimits(min_soak=60, soaked=90, reporting=20, updated=40)
+    found = judge(Case(policy=PLAIN, step=step, outcomes=(some,)))
+    assert found.verdict is Verdict.WAIT
+    assert found.numbers["proofs"]["failed"]["safe"] < 1
+    assert found.numbers["binding"] == "reporting"
+
+
 def test_a_rollback_says_its_evidence_and_the_limit() -> None:
     bad = Outcome(wave=0, hardware="A", started=60, committed=40, failed=20)
     step = StepLimits(min_soak=60, soaked=90, reporting=60, updated=60)
