@@ -21,9 +21,10 @@ Repeat rate: O_i capped events, Ex_i expected from the device's own baseline;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 from telemetry.evidence.curves import bounded
 from telemetry.policy import Engine
@@ -106,33 +107,51 @@ def repeat(pairs: Iterable[Pair], min_events: float, rule: Rule | None = None) -
         for one, zero in pairs
         if min(one.y, zero.y) >= min_events and min(one.x, zero.x) > 0 and min(one.n, zero.n) >= 2
     ]
-    arms = [arm for pair in pairs for arm in pair]
-    events = math.fsum(arm.y for arm in arms)
-    scatter = math.fsum(_clustered(arm) * arm.y * arm.y for arm in arms)
-    wide = max(1.0, scatter / events) if events else 1.0
+    usual = _Scatter.of([arm for pair in pairs for arm in pair])
     total = Normal()
     for one, zero in pairs:
-        variance, df = _welch([_scatter(arm, wide) for arm in (one, zero)])
+        variance, df = _welch([_scatter(arm, usual) for arm in (one, zero)])
         dispersion = variance / (1 / one.y + 1 / zero.y)
         z = _root_deviance(one, zero) / math.sqrt(dispersion)
         total += (rule or _normal)(z * math.sqrt(variance), variance, df)
     return total
 
 
-def _scatter(arm: Sums, wide: float) -> tuple[float, float]:
+class _Scatter(NamedTuple):
+    """How the counts of all arms together scatter, beyond Poisson: by their size, and by its
+    square, as where a device's rate itself comes and goes (negative binomial)."""
+
+    wide: float  # variance ÷ mean, at least 1
+    coming: float  # squared coefficient of variation of a device's rate
+
+    @classmethod
+    def of(cls, arms: Sequence[Sums]) -> _Scatter:
+        events = math.fsum(arm.y for arm in arms)
+        if not events:
+            return cls(1.0, 0.0)
+        found = math.fsum(_clustered(arm) * arm.y * arm.y for arm in arms)
+        # An arm's only device lies on the arm's own rate, whatever it did: it says nothing.
+        told = math.fsum(arm.yy - arm.yy * arm.yy / (arm.y * arm.y) for arm in arms if arm.y > 0)
+        return cls(max(1.0, found / events), max(0.0, found - events) / told if told > 0 else 0.0)
+
+    def least(self, arm: Sums) -> float:
+        """Variance ÷ mean of this arm's count."""
+        return max(self.wide, 1 + self.coming * arm.yy / arm.y)
+
+
+def _scatter(arm: Sums, usual: _Scatter) -> tuple[float, float]:
     """(variance of log ΣO, its degrees of freedom).
 
-    The arm's own scatter, leaning on the dispersion `wide` of all arms while few devices have
-    spoken, and never below it. Only what exceeds Poisson's 1/ΣO is estimated, so only that part
-    has few degrees of freedom (Satterthwaite): where no device had a second event the binomial is
-    exact.
+    The arm's own scatter, leaning on that of all arms while few devices have spoken, and never
+    below it. Only what exceeds Poisson's 1/ΣO is estimated, so only that part has few degrees of
+    freedom (Satterthwaite): where no device had a second event the binomial is exact. How much it
+    exceeds is itself known to √(2/n) of n devices only.
     """
-    own, devices = _clustered(arm) * arm.y, _contributors(arm)
+    own, devices, least = _clustered(arm) * arm.y, _contributors(arm), usual.least(arm)
     lean = _LEAN / (devices + _LEAN)
-    variance = max(wide, lean * wide + (1 - lean) * own) / arm.y
-    estimated = variance - 1 / arm.y
-    if estimated <= 1e-9 * variance:
-        return variance, _MANY
+    variance = max(least, lean * least + (1 - lean) * own) / arm.y
+    unsure = math.sqrt(2 / devices) / arm.y if devices > 0 else variance
+    estimated = min(variance, max(variance - 1 / arm.y, unsure))
     return variance, min(_MANY, devices * (variance / estimated) ** 2)
 
 
