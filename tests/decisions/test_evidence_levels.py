@@ -113,6 +113,24 @@ def test_few_devices_lean_on_the_scatter_of_all() -> None:
     assert wild.s / math.sqrt(wild.i) < 0.6 * mild.s / math.sqrt(mild.i)
 
 
+@pytest.mark.parametrize("devices", [4, 10])
+def test_few_devices_of_a_heavy_tailed_fleet_are_rarely_wrong(devices: int) -> None:
+    """Rates over four orders of magnitude that come and go, none of them risen.
+
+    One device brings nearly all events of its arm, and lies on the arm's rate whatever it did.
+    """
+    dice, wrong = np.random.default_rng(11), 0
+    for _ in range(1500):
+        expected = np.minimum(dice.lognormal(0, 2, 6 * devices), 50.0)
+        seen = dice.negative_binomial(0.5, 0.5 / (0.5 + expected)).astype(float)
+        seen = np.minimum(seen, 2 + 3 * np.ceil(expected))  # as a device's repeats are capped
+        one = sums(seen[:devices], expected[:devices])
+        zero = sums(seen[devices:], expected[devices:])
+        found = levels.repeat([(one, zero)], 10)
+        wrong += levels.harm(found, Engine().ratio_prior) > 1 / Engine().alpha
+    assert wrong <= 18  # at one look: the rest of α is for the others
+
+
 @pytest.mark.parametrize("information", [0.5, 10.0, 60.0])
 def test_a_bet_on_one_rise_is_an_e_value_and_the_best_one_there(information: float) -> None:
     rise, root = math.log(1.5), math.sqrt(information)
