@@ -117,13 +117,18 @@ PLANTED: list[tuple[str, tuple[Any, str], Any, tuple[str, str, tuple[Any, ...]]]
     ),
     (
         "K3r: all scatter is taken as known", (levels, "_scatter"),
-        lambda arm, wide: (wide / arm.y, 1e4),
-        ("evidence_levels", "test_only_what_exceeds_poisson_has_few_degrees_of_freedom", ()),
+        lambda arm, usual: (usual.least(arm) / arm.y, 1e4),
+        ("evidence_levels", "test_few_devices_of_a_heavy_tailed_fleet_are_rarely_wrong", (4,)),
     ),
     (
         "K3r: few devices believe themselves", (levels, "_scatter"),
-        lambda arm, wide: (max(levels._clustered(arm), 1 / arm.y), 1e4),
+        lambda arm, usual: (max(levels._clustered(arm), 1 / arm.y), 1e4),
         ("evidence_levels", "test_few_devices_lean_on_the_scatter_of_all", ()),
+    ),
+    (
+        "K3r: a device's rate neither comes nor goes", (levels._Scatter, "least"),
+        lambda self, arm: self.wide,
+        ("evidence_levels", "test_few_devices_of_a_heavy_tailed_fleet_are_rarely_wrong", (4,)),
     ),
     (
         "K3: normal instead of Student", (levels, "student_tail"),

@@ -73,16 +73,19 @@ def _repeat(total: np.ndarray, expected: np.ndarray, arms: np.ndarray) -> float:
         return 1.0
     many = [float(o[a].sum()) for a in (0, 1)]
     scatter = [float(((o[a] - many[a] / x[a].sum() * x[a]) ** 2).sum()) for a in (0, 1)]
-    usual = max(1.0, sum(scatter) / sum(many))
-    spoke = [many[a] ** 2 / float((o[a] ** 2).sum()) for a in (0, 1)]  # as many, equally busy
+    squares = [float((o[a] ** 2).sum()) for a in (0, 1)]
+    spoke = [many[a] ** 2 / squares[a] for a in (0, 1)]  # as many, equally busy
+    told = sum(squares[a] * (1 - 1 / spoke[a]) for a in (0, 1))  # one device alone tells nothing
+    coming = max(0.0, sum(scatter) - sum(many)) / told if told else 0.0
+    flat = max(1.0, sum(scatter) / sum(many))
+    usual = [max(flat, 1 + coming * squares[a] / many[a]) for a in (0, 1)]
     lean = [30 / (spoke[a] + 30) for a in (0, 1)]
-    own = [lean[a] * usual + (1 - lean[a]) * scatter[a] / many[a] for a in (0, 1)]
-    parts = [max(usual, own[a]) / many[a] for a in (0, 1)]
-    beyond = [parts[a] - 1 / many[a] for a in (0, 1)]  # what is estimated: beyond Poisson
-    free = [
-        min(1e4, spoke[a] * (parts[a] / beyond[a]) ** 2) if beyond[a] > 1e-12 else 1e4
-        for a in (0, 1)
-    ]
+    own = [lean[a] * usual[a] + (1 - lean[a]) * scatter[a] / many[a] for a in (0, 1)]
+    parts = [max(usual[a], own[a]) / many[a] for a in (0, 1)]
+    # What is estimated: beyond Poisson, and no less than so few devices leave open.
+    open_ = [math.sqrt(2 / spoke[a]) / many[a] for a in (0, 1)]
+    beyond = [min(parts[a], max(parts[a] - 1 / many[a], open_[a])) for a in (0, 1)]
+    free = [min(1e4, spoke[a] * (parts[a] / beyond[a]) ** 2) for a in (0, 1)]
     variance = sum(parts)
     df = variance**2 / sum(parts[a] ** 2 / free[a] for a in (0, 1))
     share = x[1].sum() / (x[0].sum() + x[1].sum())
