@@ -15,7 +15,8 @@ K3 is *replaced* each tick: it is a cumulative estimate.
 Level: y = device mean since enrolment, x = its mean before; θ = pooled within-arm slope;
 δ = mean₁(y − θx) − mean₀(y − θx), V = s₁²/n₁ + s₀²/n₀.
 Repeat rate: O_i capped events, Ex_i expected from the device's own baseline;
-δ = log[(ΣO₁/ΣEx₁)/(ΣO₀/ΣEx₀)], V = Σ_arm Σ_i (O_i − L·Ex_i)² / (ΣO)², L = ΣO/ΣEx.
+δ = log[(ΣO₁/ΣEx₁)/(ΣO₀/ΣEx₀)], V = Σ_arm Σ_i (O_i − L·Ex_i)² / (ΣO)², L = ΣO/ΣEx; an arm's part
+of V is no less than max(φ, 1 + c²·ΣO²/ΣO)/ΣO, φ and c² from all arms (`_Scatter`).
 """
 
 from __future__ import annotations
