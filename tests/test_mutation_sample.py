@@ -33,6 +33,8 @@ GUARDS = {
     "controller/rollout/gate.py": (
         "not_back",
         "gate_limits",
+        "past_and_needs",
+        "evidence_levels",
         "uneven_arms",
         "gate_words",
         "gate",

@@ -105,9 +105,10 @@ class Device:
 
     @property
     def awaits_lease(self) -> bool:
-        """Has its order's lease passed by its clock? A new one comes after minutes, if ever."""
+        """In touch, and the lease passed by its clock? A new one comes after minutes, if ever."""
         current = self._agent.record.update if self._agent is not None else None
-        return current is not None and current.blocked_by == (Reason.LEASE_EXPIRED,)
+        expired = current is not None and current.blocked_by == (Reason.LEASE_EXPIRED,)
+        return expired and self._connected
 
     # -- life -------------------------------------------------------------------------------------
 

@@ -100,7 +100,8 @@ def test_only_what_exceeds_poisson_has_few_degrees_of_freedom() -> None:
     # The same events of three devices are three observations.
     burst = Sums(n=600, y=15, x=8.0, yy=75, xy=0.2, xx=8.0**2 / 600)
     loud = levels.repeat([(burst, many)], 10)
-    assert loud.s / math.sqrt(loud.i) < 0.65 * found.s / math.sqrt(found.i)
+    # Most of that is the variance; if it were taken as known, the share would be .52.
+    assert loud.s / math.sqrt(loud.i) < 0.5 * found.s / math.sqrt(found.i)
 
 
 def test_few_devices_lean_on_the_scatter_of_all() -> None:
