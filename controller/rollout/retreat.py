@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from controller.rollout import withholding
 from controller.rollout.follow import unheard
 from controller.rollout.model import (
     ActiveHold,
@@ -316,7 +317,11 @@ def nowhere_to_go(world: World, rollout: Rollout, hold: ActiveHold | None, devic
         return False
     rejected = hold.artifacts if hold else frozenset(rollout.artifacts.values())
     order = world.orders.get(device)
-    return order is None or any(told.digest in rejected for told in order.components.values())
+    if order is None or any(told.digest in rejected for told in order.components.values()):
+        return True
+    # What it was told last is rejected by another hold, and nothing came in its place.
+    others = (one for one in world.holds if one.whole and one.fleet == rollout.fleet)
+    return withholding.rejected(order, world.seen.get(device), others)
 
 
 def came_back(

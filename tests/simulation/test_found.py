@@ -338,6 +338,27 @@ def test_who_fails_at_the_next_release_goes_back_to_what_it_ran_before_both(worl
     assert world.check() == []
 
 
+def test_a_way_back_is_over_when_each_release_is_rejected_by_a_hold_of_its_own(
+    world: World,
+) -> None:
+    """Seed 21001930: all fall from the third to the first, and it and the second are held too."""
+    publish(world, "2")
+    world.run(6)
+    assert world.ask("hold")
+    world.run(3)
+    world.commit({"cars.yaml": texts.rollout("1", STEPS, {})})
+    world.run(6)
+    world.natures[texts.artifact("3")] = Nature(boots=0.0)
+    publish(world, "3")
+    world.run(0.1)
+    assert world.ask("rollback")
+    world.run(90)
+    with reading(world.databases.control) as conn:
+        states = set(conn.execute(select(rollouts.c.state)).scalars())
+    assert "RollingBack" not in states
+    assert world.check() == []
+
+
 def test_all_run_it_and_the_database_is_lost_before_it_is_rejected(world: World) -> None:
     """Seed 104777: what all run counts as proven; then the one before it does."""
     publish(world, "2")
