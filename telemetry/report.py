@@ -149,7 +149,7 @@ class TelemetryReader(Protocol):
     """What the controller asks of the telemetry store. Reading only: ingest alone writes."""
 
     def watermark(self) -> int:
-        """Number of the last committed ingest batch; 0 before the first."""
+        """The last number of the last committed ingest batch; 0 before the first."""
         ...
 
     def hearing(self) -> tuple[float, float]:
@@ -166,7 +166,9 @@ class TelemetryReader(Protocol):
     def device(self, device: str) -> DeviceRow | None: ...
 
     def health_since(self, batch: int, *, limit: int = 20_000) -> Sequence[HealthRow]:
-        """Messages of batches > `batch`, in order, whole batches, at most about `limit` rows."""
+        """Messages of batch numbers > `batch`, in order, whole numbers, at most about `limit` rows.
+
+        A large batch has several numbers."""
         ...
 
     def totals(self, *, since: float, until: float, names: Collection[str] | None = None) -> Totals:

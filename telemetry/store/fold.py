@@ -8,6 +8,8 @@ Rules, in order:
 4. Presence of an older boot is stale. A will is the broker's word: it is no contact. It keeps an
    announced sleep, because a sleeping device is cut off sooner or later.
 5. Every contact moves the device's `change` to this batch, so that readers find it by watermark.
+6. A large batch takes several numbers, one for each `LOT` of rows: readers read whole numbers, and
+   a reader whom somebody may need at any moment reads little at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from telemetry.store.packed import Packed
 from telemetry.store.seen import Seen, Verdict, pack
 from telemetry.sums import Layout
 
+LOT = 1_000  # rows of one number
+
 Message = Reported | Health | Sample | Presence
 
 
@@ -42,10 +46,15 @@ class Batch:
     refusals: Mapping[str, int] = field(default_factory=dict)  # refused before: reason → count
     probe: bool = False  # our own loopback probe came through: the server can hear
 
+    @property
+    def numbers(self) -> int:
+        """How many its rows need at most."""
+        return max(1, -(-sum(len(messages) for _, messages in self.heard) // LOT))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    batch: int  # its number: the watermark
+    batch: int  # its last number: the watermark
     verdicts: tuple[Verdict, ...]  # one per message, as they stand in the batch
     shifted: int  # messages whose device clock was not plausible
 
@@ -83,17 +92,17 @@ class Changes:
     rollups: rollups.Rollups = field(default_factory=rollups.Rollups)
 
 
-def fold(heard: Iterable[Heard], known: Known, *, batch: int, clock: float, now: float) -> Changes:
+def fold(heard: Iterable[Heard], known: Known, *, first: int, clock: float, now: float) -> Changes:
     """Fold messages, in order of arrival, into `known` (changed in place) and the changes.
 
-    A device may stand there more than once; once is cheaper.
+    `first` is the batch's first number. A device may stand there more than once; once is cheaper.
     """
     changes = Changes()
     for device, messages in heard:
         contact = known.contacts.get(device)
         if contact is None:
             contact = known.contacts[device] = Contact()
-        turn = _Turn(device, contact, known, changes, batch, clock, now)
+        turn = _Turn(device, contact, known, changes, first, clock, now)
         verdicts = [turn.take(message) for message in messages]
         changes.verdicts += verdicts
         if Verdict.NEW in verdicts:
@@ -107,11 +116,11 @@ def refused(changes: Changes, batch: Batch) -> Counter[str]:
     return counts
 
 
-def contact_rows(changes: Changes, known: Known, batch: int) -> list[bulk.Row]:
+def contact_rows(changes: Changes, known: Known, first: int) -> list[bulk.Row]:
     rows: list[bulk.Row] = []
-    for device in sorted(changes.touched):
+    for place, device in enumerate(sorted(changes.touched)):
         c = known.contacts[device]
-        head = (device, batch, c.last_contact, c.heard_clock, c.online, c.sleeping_until)
+        head = (device, first + place // LOT, c.last_contact, c.heard_clock, c.online, c.sleeping_until)
         rows.append((*head, c.boot, c.boot_count, c.boot_floor))
     return rows
 
@@ -154,7 +163,7 @@ class _Turn:
     contact: Contact
     known: Known
     changes: Changes
-    batch: int
+    first: int
     clock: float
     now: float
     _boot: str | None = None  # of the message before
@@ -218,7 +227,7 @@ class _Turn:
         rows = self.changes.health
         rows.append(
             (
-                self.batch,
+                self.first + len(rows) // LOT,
                 len(rows),
                 self.device,
                 self.now,

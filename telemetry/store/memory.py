@@ -34,18 +34,19 @@ class Memory:
         self._known: Known | None = None
         self._number = 0
 
-    def recall(self, connection: Connection, heard: Sequence[Heard], number: int) -> Known:
-        """What is known of these devices, in turn `number`; it is the caller's until `keep`."""
+    def recall(self, connection: Connection, heard: Sequence[Heard], first: int) -> Known:
+        """What is known of these devices, in the turn of that first number; it is the caller's
+        until `keep`."""
         known, self._known = self._known, None
         met = connection.info.setdefault(_MET, WeakSet())
-        if known is None or self._number != number - 1 or self not in met:
+        if known is None or self._number != first - 1 or self not in met:
             known = Known()
         met.add(self)
         _load(connection, heard, known)
         return known
 
     def keep(self, known: Known, number: int) -> None:
-        """Turn `number` is committed, and this is what the store holds now."""
+        """The turn that ends with `number` is committed, and this is what the store holds now."""
         if len(known.contacts) <= MOST and len(known.boots) <= MOST:
             if len(known.hours) > MOST:
                 known.hours.clear()  # most are over

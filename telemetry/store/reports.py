@@ -137,10 +137,10 @@ class Store:
         """
         try:
             with writing(self._engine) as connection:
-                own = turn.take(connection, probe=batch.probe, now=now)
-                known = self._memory.recall(connection, batch.heard, own.number)
-                changes = fold(batch.heard, known, batch=own.number, clock=own.clock, now=now)
-                _save(connection, changes, known, batch, own.number, now)
+                own = turn.take(connection, probe=batch.probe, now=now, numbers=batch.numbers)
+                known = self._memory.recall(connection, batch.heard, own.first)
+                changes = fold(batch.heard, known, first=own.first, clock=own.clock, now=now)
+                _save(connection, changes, known, batch, own.first, now)
         except _AT_FAULT as error:
             raise Unstorable(str(error)) from error
         self._memory.keep(known, own.number)
@@ -220,11 +220,11 @@ class Store:
 
 
 def _save(
-    connection: Connection, changes: Changes, known: Known, batch: Batch, number: int, now: float
+    connection: Connection, changes: Changes, known: Known, batch: Batch, first: int, now: float
 ) -> None:
     bulk.insert(connection, tables.health, changes.health)
     bulk.upsert(connection, tables.boots, boot_rows(changes, known, now))
-    bulk.upsert(connection, tables.contacts, contact_rows(changes, known, number))
+    bulk.upsert(connection, tables.contacts, contact_rows(changes, known, first))
     bulk.upsert(connection, tables.reports, report_rows(changes, now))
     sums.write(connection, changes.rollups.devices, known)
     counts = [(reason, n, now) for reason, n in sorted(refused(changes, batch).items())]

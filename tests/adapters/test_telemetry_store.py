@@ -28,7 +28,7 @@ from device_agent.protocol import (
     State,
 )
 from telemetry.store.database import open_engine
-from telemetry.store.fold import Batch, Heard
+from telemetry.store.fold import LOT, Batch, Heard
 from telemetry.store.reports import Store
 from telemetry.store.retention import BOOTS, DAY, Retention, sweep
 from telemetry.store.seen import WINDOW, Seen, Verdict, pack, unpack
@@ -248,6 +248,30 @@ def test_batches_are_read_whole(store: Store) -> None:
     assert len(store.health_since(0, limit=25)) == 20
     assert len(store.health_since(2, limit=5)) == 10
     assert {row.batch for row in store.health_since(2, limit=5)} == {3}
+
+
+def test_a_large_batch_is_read_a_little_at_a_time(store: Store) -> None:
+    """Whoever reads it may be needed at any moment."""
+    store.write(batch("car-1", health(1)), NOW)
+    store.write(batch("car-2", *(health(n) for n in range(2 * LOT + 5))), NOW)
+    store.write(batch("car-1", health(2)), NOW)
+    assert store.watermark() == 5
+    pages, since = [], 1
+    while page := store.health_since(since, limit=LOT):
+        pages.append([(row.batch, row.seq) for row in page])
+        since = page[-1].batch
+    assert [len(page) for page in pages] == [LOT, LOT, 6]
+    assert [seq for page in pages for _, seq in page] == [*range(2 * LOT + 5), 2]
+    assert [number for number, _ in pages[2]] == [4] * 5 + [5]
+
+
+def test_devices_of_a_large_batch_are_read_a_little_at_a_time(store: Store) -> None:
+    names = [f"car-{n:04d}" for n in range(LOT + 5)]
+    store.write(Batch(heard=[Heard(name, [health(1)]) for name in names]), NOW)
+    first = store.devices_changed(0, limit=LOT)
+    rest = store.devices_changed(first[-1].change, limit=LOT)
+    assert [row.device for row in (*first, *rest)] == names
+    assert (len(first), len(rest)) == (LOT, 5)
 
 
 def test_two_writers_leave_no_gap_and_count_once(engine: Engine) -> None:
