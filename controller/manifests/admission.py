@@ -23,6 +23,7 @@ from controller.manifests.kinds import (
     Release,
     Rollout,
     Selector,
+    Step,
 )
 from controller.manifests.reader import Manifests, Problem, Reading
 from controller.manifests.text import dotted
@@ -188,10 +189,11 @@ class _Rules:
                     f"fleet {fleet.name} has no cohort {step.cohort}; it has {', '.join(names)}"
                 )
                 yield self._error("Rollout", rollout.name, (*path, "cohort"), message, blocks)
-            elif step.percent <= reached.get(step.cohort, 0.0):
+            elif step.percent - _kept_back(step) <= reached.get(step.cohort, 0.0):
                 message = (
                     f"percent is cumulative: {step.cohort} has reached "
                     f"{reached[step.cohort]:.0%} before"
+                    + (", and keepBack leaves nobody above it" if _kept_back(step) else "")
                 )
                 yield self._error("Rollout", rollout.name, path, message, blocks)
             reached[step.cohort] = max(step.percent, reached.get(step.cohort, 0.0))
@@ -239,11 +241,6 @@ class _Rules:
                 ("metrics", any(revision != 1 for revision in release.metrics.values())),
             ]
             yield from self._notices("Release", release.name, fields)
-        for rollout in self._all.rollouts.values():
-            for i, step in enumerate(rollout.strategy.steps):
-                if step.keep_back is not None:
-                    path: Path = ("spec", "strategy", "steps", i, "keepBack")
-                    yield self._notice("Rollout", rollout.name, path)
         for policy in self._all.policies.values():
             fields = [("compare", bool(policy.compare))]
             yield from self._notices("HealthPolicy", policy.name, fields)
@@ -305,6 +302,10 @@ class _Rules:
 
     def _notice(self, kind: str, name: str, path: Path) -> Problem:
         return self._error(kind, name, path, NOT_YET, frozenset(), "notice")
+
+
+def _kept_back(step: Step) -> float:
+    return step.keep_back.percent if step.keep_back is not None else 0.0
 
 
 def can_overlap(one: Selector, other: Selector) -> bool:

@@ -288,7 +288,9 @@ class Pause(Model):
 
 
 class KeepBack(Model):
-    percent: Share
+    """So much of the cohort waits until the others were watched for so long."""
+
+    percent: Annotated[Share, Field(gt=0)]
     for_: Annotated[Duration, Field(alias="for")]
 
 
@@ -307,6 +309,8 @@ class Step(Model):
     def _soaks(self) -> Step:
         if self.max_soak is not None and self.max_soak < self.soak:
             raise ValueError("maxSoak is shorter than soak")
+        if self.keep_back is not None and self.keep_back.percent >= self.percent:
+            raise ValueError("keepBack keeps everybody back: percent must be above it")
         return self
 
 

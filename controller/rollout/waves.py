@@ -1,5 +1,7 @@
 """What a rollout pinned when it opened, and the waves that its steps make.
 
+A step that keeps devices back is two waves: one without them, watched for so long, and one of them.
+
 A release that `fixes` another one gets a wave of its own before the first step: devices that ran
 the faulty release, split at random into wave and control, so that the fix is judged first where
 the fault was.
@@ -97,6 +99,25 @@ def recalled(rollout: Rollout, fleet: Fleet) -> Rollout:
     return rollout.model_copy(update={"strategy": strategy, "windows": (), "holdout": None})
 
 
+def _parts(step: Step) -> tuple[Step, ...]:
+    """The devices kept back are controls of the others meanwhile; then they follow at once."""
+    if step.keep_back is None:
+        return (step,)
+    kept, seconds = step.keep_back, max(step.soak, step.keep_back.for_)
+    watched = step.model_copy(
+        update={
+            "percent": step.percent - kept.percent,
+            "soak": seconds,
+            "max_soak": step.max_soak and max(step.max_soak, seconds),
+            "keep_back": None,
+        }
+    )
+    rest = step.model_copy(
+        update={"soak": timedelta(0), "max_soak": None, "pause": None, "keep_back": None}
+    )
+    return watched, rest
+
+
 def pin(
     rollout: Rollout,
     fleet: Fleet,
@@ -117,7 +138,7 @@ def pin(
             for i, step in enumerate(rollout.strategy.steps)
         )
         return Pinned(rollout=rollout, fleet=fleet, policy=policy, release=release, waves=waves)
-    steps = rollout.strategy.steps
+    steps = [part for step in rollout.strategy.steps for part in _parts(step)]
     first = (Wave(index=0, step=steps[0], fixes=fixes),) if fixes else ()
     rest = tuple(Wave(index=len(first) + i, step=step) for i, step in enumerate(steps))
     return Pinned(rollout=rollout, fleet=fleet, policy=policy, release=release, waves=first + rest)

@@ -120,7 +120,8 @@ def contact_rows(changes: Changes, known: Known, first: int) -> list[bulk.Row]:
     rows: list[bulk.Row] = []
     for place, device in enumerate(sorted(changes.touched)):
         c = known.contacts[device]
-        head = (device, first + place // LOT, c.last_contact, c.heard_clock, c.online, c.sleeping_until)
+        number = first + place // LOT
+        head = (device, number, c.last_contact, c.heard_clock, c.online, c.sleeping_until)
         rows.append((*head, c.boot, c.boot_count, c.boot_floor))
     return rows
 

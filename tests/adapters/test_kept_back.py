@@ -1,0 +1,108 @@
+"""The last step keeps devices back: a fault that comes late meets a fleet that is not all there."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from controller.manifests.admission import admit
+from controller.manifests.reader import read
+from controller.store.tables import decisions, members
+from telemetry.store.database import reading
+
+_SPEC = importlib.util.spec_from_file_location(
+    "loop_story", Path(__file__).with_name("test_loop.py")
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+loop = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(loop)
+
+CANARY = {"cohort": "canary", "soak": "3s", "maxSoak": "20s", "margins": loop.MARGINS}
+KEPT = {
+    "cohort": "general", "soak": "3s", "maxSoak": "60s", "margins": loop.MARGINS,
+    "keepBack": {"percent": "25%", "for": "30s"},
+}  # fmt: skip
+GENERAL = 28  # devices, of 40
+HELD = 7  # a quarter of them
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Any:
+    made = loop.Story(tmp_path)
+    names = [f"car-{i:02}" for i in range(40)]
+    made.enrol(*names[:12], model="m3", ring="canary")
+    made.enrol(*names[12:], model="m3")
+    for name in names:
+        made.world.join(name, {"app": ("app-1", loop.DIGESTS["1"])})
+    return made
+
+
+def told(story: Any, release: str) -> set[str]:
+    digest = loop.DIGESTS[release]
+    return {
+        device
+        for device, orders in story.world.orders.items()
+        if any(c.digest == digest for order in orders for c in order.components.values())
+    }
+
+
+def test_some_wait_until_the_others_were_watched_then_follow(story: Any) -> None:
+    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.run(30)
+    assert story.versions() == {"1": HELD, "2": 40 - HELD}
+    assert story.rollout().state == "Soaking"
+    kept = set(story.world.rows) - told(story, "2")
+    with reading(story.engine) as conn:
+        controls = select(members.c.device).where(members.c.step == 1, members.c.arm == "control")
+        assert {row.device for row in conn.execute(controls)} == kept
+    story.run(20)
+    assert story.versions() == {"2": 40}
+    assert story.rollout().state == "Completed"
+
+
+def test_who_was_kept_back_never_meets_what_was_found_meanwhile(story: Any) -> None:
+    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.run(25)
+    kept = set(story.world.rows) - told(story, "2")
+    assert len(kept) == HELD
+    story.command("rollback")
+    story.run(60)
+    assert story.versions() == {"1": 40}
+    assert not kept & told(story, "2")
+
+
+def test_the_decisions_name_both_parts(story: Any) -> None:
+    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.run(60)
+    with reading(story.engine) as conn:
+        said = [row.sentence for row in conn.execute(select(decisions).order_by(decisions.c.id))]
+    assert any("step 2 of 3 (general 75%)" in sentence for sentence in said)
+    assert any("step 3 of 3 (general all)" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([CANARY, {**KEPT, "percent": "20%"}], "keepBack keeps everybody back"),
+        (
+            [CANARY, {"cohort": "general", "percent": "80%"}, KEPT],
+            "general has reached 80% before, and keepBack leaves nobody above it",
+        ),
+    ],
+)
+def test_a_step_that_keeps_everybody_back_is_refused(steps: list[Any], expected: str) -> None:
+    documents = [*loop.base(), loop.rollout("cars", "app-2", steps)]
+    found = read({"fleet.yaml": "---\n".join(documents)})
+    problems = [p for p in (*found.problems, *admit(found)) if p.severity == "error"]
+    assert any(expected in problem.message for problem in problems), problems
+
+
+def test_what_is_kept_back_is_in_force(story: Any) -> None:
+    documents = [*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT])]
+    found = read({"fleet.yaml": "---\n".join(documents)})
+    assert not [*found.problems, *admit(found)]
