@@ -218,6 +218,23 @@ class _System:
                     raise Wrong(f"{device} was told {order}")
 
 
+_PUBLISH = 3  # the type of a packet: the upper half of its first byte
+
+
+def _end(data: bytes, start: int) -> int | None:
+    """Where the packet that begins there ends; None: the rest is still on its way."""
+    size = 0
+    for place in range(4):  # the remaining length, seven bits a byte, the least first
+        at = start + 1 + place
+        if at >= len(data):
+            return None
+        size |= (data[at] & 0x7F) << (7 * place)
+        if data[at] < 0x80:
+            end = at + 1 + size
+            return end if end <= len(data) else None
+    raise Wrong("a packet whose length has no end")
+
+
 class _Ears:
     """A subscriber that only notes: bytes and the moment at which they came."""
 
@@ -225,7 +242,7 @@ class _Ears:
         self._socket = socket.create_connection(("127.0.0.1", port))
         self._buffer = b""
         self.times: list[float] = []
-        self._orders: list[tuple[str, bytes]] = []
+        self._packets: list[bytes] = []
         self._more = threading.Condition()
         self._socket.sendall(
             mqtt5.ConnectPacket("bench-ears", clean_start=True, keep_alive=0).write()
@@ -245,7 +262,11 @@ class _Ears:
         return len(self.times)
 
     def orders(self) -> Iterator[tuple[str, bytes]]:
-        return iter(self._orders)
+        """(topic, payload) of all that came."""
+        for raw in self._packets:
+            packet, _ = mqtt5.read(memoryview(raw))
+            if isinstance(packet, mqtt5.PublishPacket):
+                yield packet.topic, bytes(packet.payload)
 
     def wait(self, until: int, what: str) -> None:
         with self._more:
@@ -266,17 +287,14 @@ class _Ears:
             self._parse(now)
 
     def _parse(self, now: float) -> None:
-        view, start = memoryview(self._buffer), 0
-        try:
-            while start < len(view):
-                packet, size = mqtt5.read(view[start:])
-                start += size
-                if isinstance(packet, mqtt5.PublishPacket):
-                    self._orders.append((packet.topic, bytes(packet.payload)))
-                    self.times.append(now)
-        except IndexError:  # the rest is still on its way
-            pass
-        self._buffer = bytes(view[start:])
+        """Cut packets apart; what is in them is read afterwards, when nobody's time is taken."""
+        data, start = self._buffer, 0
+        while (end := _end(data, start)) is not None:
+            if data[start] >> 4 == _PUBLISH:
+                self._packets.append(data[start:end])
+                self.times.append(now)
+            start = end
+        self._buffer = data[start:]
         with self._more:
             self._more.notify_all()
 
