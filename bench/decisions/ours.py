@@ -29,7 +29,7 @@ POLICY = Policy(
     gates=(Gate(metric="update_ok", type=GateType.PROPORTION), INCIDENT, WARMTH),
     engine=Engine(
         failed_margins=(0.07, 0.04, 0.013),
-        ratio_margins=(1.9, 1.7, 1.3),
+        ratio_margins=(1.85, 1.6, 1.3),
         first_weight=0.1,
         late_weight=0.1,
         pooled_rate=0.9,

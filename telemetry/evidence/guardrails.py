@@ -143,7 +143,7 @@ def rate(
     one, zero = _arm(seen.totals, "exposed"), _arm(seen.totals, "control")
     counts = {"exposed": one, "control": zero}
     crowded = _crowded(engine, seen)
-    ratio = _ratio_safe(engine, ell, _repeats(engine, gate, seen.repeats, None), margin, crowded)
+    ratio = _ratio_safe(engine, ell, _pairs(engine, gate, seen.repeats, None), margin, crowded)
     safe, lacks = ratio, _lacks_events(engine, gate, one, zero, margin)
     budget = gate.budget_rate()
     if budget is not None:
@@ -297,13 +297,13 @@ def _mixed(engine: Engine, first: float, repeated: float) -> float:
 
 
 def _ratio_safe(
-    engine: Engine, ell: curves.Array, repeats: levels.Normal, margin: float, crowded: bool
+    engine: Engine, ell: curves.Array, pairs: list[levels.Pair], margin: float, crowded: bool
 ) -> float:
     """F of the ratio. First events alone understate it where many devices had one (frailty)."""
     first = first_events.safe(engine, ell, margin)
-    if repeats.i <= 0 and not crowded:
+    repeated, speaks = levels.repeat_safe(pairs, math.log(margin), engine.safe_min_events)
+    if not speaks and not crowded:
         return first
-    repeated = levels.safe(repeats, math.log(margin), engine.ratio_prior)
     return repeated if crowded else _mixed(engine, first, repeated)
 
 
@@ -335,6 +335,13 @@ def _curve(engine: Engine, gate: Gate, seen: MetricSeen, hardware: str | None) -
 def _repeats(
     engine: Engine, gate: Gate, parts: Iterable[ArmSums], hardware: str | None
 ) -> levels.Normal:
+    return levels.repeat(_pairs(engine, gate, parts, hardware), engine.repeat_min_events)
+
+
+def _pairs(
+    engine: Engine, gate: Gate, parts: Iterable[ArmSums], hardware: str | None
+) -> list[levels.Pair]:
+    """The strata whose repeat rates are compared; where fewer events are the harm, turned."""
     chosen = [p for p in parts if hardware is None or p.hardware == hardware]
     waves: dict[int, tuple[levels.Sums, levels.Sums]] = {}
     pairs = []
@@ -348,7 +355,7 @@ def _repeats(
     pairs += waves.values()
     if gate.direction is Direction.DECREASE:
         pairs = [(zero, one) for one, zero in pairs]
-    return levels.repeat(pairs, engine.repeat_min_events)
+    return pairs
 
 
 def _at_risk(seen: MetricSeen, hardware: str | None) -> tuple[int, float, levels.Sums]:

@@ -196,3 +196,9 @@ def test_policy_round_trips_through_json() -> None:
 def test_hostile_units_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no unit"):
         unit_of(text)
+
+
+def test_the_average_of_evidence_is_its_mean() -> None:
+    assert curves.average([1.0, 4.0, 40.0]) == pytest.approx(15.0)
+    assert curves.average([]) == 1.0
+    assert math.isnan(curves.average([1.0, math.nan]))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controller.rollout.gate import Case, Outcome, Silence, StepLimits, Verdict, judge
+from telemetry.evidence.levels import Sums
+from telemetry.evidence.observations import ArmTotals, MetricSeen, Observations
 from telemetry.policy import UPDATE_OK, Engine, Gate, GateType, Policy
 
 PLAIN = Policy(name="p", gates=(Gate(metric=UPDATE_OK, type=GateType.PROPORTION),))
@@ -68,3 +72,23 @@ def test_who_never_confirmed_is_counted_once() -> None:
     proofs = judge(case).numbers["proofs"]
     assert proofs["failed or lost"]["bad"] == 6
     assert proofs["failed"]["bad"] == 2
+
+
+@pytest.mark.parametrize(
+    ("hits", "verdict"), [(0, Verdict.WIDEN), (1, Verdict.WAIT), (2, Verdict.ROLL_BACK)]
+)
+def test_a_tripwire_without_a_number_is_two_devices(hits: int, verdict: Verdict) -> None:
+    fire = Gate(metric="fire", type=GateType.EVENT)
+    total = ArmTotals(
+        wave=0, hardware="A", arm="exposed", devices=100, first=hits, events=hits, exposure=50.0,
+        at_risk=50.0, budget_sums=Sums(),
+    )  # fmt: skip
+    seen = Observations(metrics={"fire": MetricSeen(metric="fire", totals=(total,))})
+    case = replace(
+        failed(0, 100), observations=seen, policy=replace(PLAIN, gates=(*PLAIN.gates, fire))
+    )
+    found = judge(case)
+    assert found.verdict is verdict
+    if hits == 1:
+        assert "fire on 1 of 100 updated devices, below the tripwire of 2" in found.sentence
+        assert found.numbers["page"]

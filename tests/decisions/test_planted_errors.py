@@ -131,6 +131,16 @@ PLANTED: list[tuple[str, tuple[Any, str], Any, tuple[str, str, tuple[Any, ...]]]
         ("evidence_levels", "test_few_devices_of_a_heavy_tailed_fleet_are_rarely_wrong", (4,)),
     ),
     (
+        "K3r: safe without its margin", (levels, "_share"),
+        lambda one, zero, rise: one.x / (one.x + zero.x),
+        ("evidence_safe", "test_without_a_rise_it_is_the_likelihood_ratio_of_the_binomial", ()),
+    ),
+    (
+        "K3r: half of the deviance", (levels, "_deviance"),
+        _scaled(levels, "_deviance", lambda found: found / 2),
+        ("evidence_safe", "test_at_the_margin_it_is_worth_one_on_average", (150, 5.0)),
+    ),
+    (
         "K3: normal instead of Student", (levels, "student_tail"),
         lambda t, df: 0.5 * math.erfc(t / math.sqrt(2)),
         ("evidence_curves", "test_student_tail_is_scipys", (2.0, 3)),
