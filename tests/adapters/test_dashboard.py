@@ -16,6 +16,7 @@ from sqlalchemy import Engine, func, insert, select, update
 from starlette.testclient import TestClient
 
 from bench import estate
+from controller.http import paging
 from controller.http.app import create_app
 from controller.http.dashboard import rendering
 from controller.http.dashboard.census import Census
@@ -145,6 +146,20 @@ def test_hostile_queries_are_refused_or_empty(house: Any) -> None:
             status = house.client.get(f"{path}?{query}", headers=HTML).status_code
             assert status in (200, 400, 422), (path, query)
     assert house.client.get("/devices?q=%F0%9F%91%BB'--&status=x", headers=HTML).status_code == 200
+
+
+@pytest.mark.parametrize("digits", ["²", "٣", "9" * 200, "-1", "1.5", ""])
+def test_digits_that_are_no_number_are_refused(house: Any, digits: str) -> None:
+    """`²`.isdigit() is true, and a number of 200 digits fits into no column: both were a 500."""
+    house.add_rollout()
+    dialog = "/rollouts/cars/rollback"
+    cursor = paging.cursor(digits) if digits else "MTo"
+    asked = {"/audit": {"cursor": cursor}, dialog: {"scope": f"step:{digits}"}}
+    for path, query in asked.items():
+        status = house.client.get(path, params=query, headers=HTML).status_code
+        assert status in (400, 422) or (not digits and path == "/audit"), path
+    fields = {**form(house.client, dialog), "reason": "x", "revision": digits}
+    assert house.client.post(dialog, data=fields, headers=HTML).status_code == 412
 
 
 def test_static_files_are_ours_and_keep_their_digest(house: Any) -> None:

@@ -150,9 +150,7 @@ def _scope(text: str, verb: str) -> dict[str, Any] | None:
     kind, _, value = text.partition(":")
     if verb not in ("rollback", "hold") or kind not in ("step", "cohort", "device"):
         raise commands.Refused(422, f"scope: {text[:80]!r} is none of this dialog's")
-    given: dict[str, Any] = {kind: int(value) if kind == "step" and value.isdigit() else value}
-    if kind == "device":
-        given = {"devices": [value]}
+    given: dict[str, Any] = {"devices": [value]} if kind == "device" else {kind: value}
     try:
         return scope.checked(given)
     except ValueError as error:
@@ -261,7 +259,7 @@ def text_of(fields: Mapping[str, str], name: str) -> str:
 
 
 def _whole(text: str) -> int:
-    if not (text.isdigit() and len(text) < 16):
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise commands.Refused(412, "the page does not say which revision it showed: look again")
     return int(text)
 
