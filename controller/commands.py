@@ -4,8 +4,9 @@ One transaction of O(1) rows — command, hold or lift, new revision, audit — 
 is; what a person asked for is safe from there, and a hold is in force from there. The loop, woken
 at once, decides and acts. Git is not on this path, telemetry neither.
 
-Rules, in order: an unknown rollout is 404; a revision that is not the one seen is 412; what the
-rollout's state does not allow is 409; a stop, a pause, a hold and a rollback need a reason.
+Rules, in order: a stop, a hold, a rollback and a lift need a reason, of text that may stand in Git;
+an unknown rollout is 404; a revision that is not the one seen is 412; what the rollout's state does
+not allow is 409.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from controller import audit, ballast, ulid
+from controller.manifests.text import CONTROL
 from controller.rollout import scope as scopes
 from controller.rollout.model import ACTIVE, RolloutState
 from controller.store import approvals
@@ -26,6 +28,7 @@ from telemetry.store.database import reading, writing
 KINDS = ("rollback", "hold", "lift", "pause", "resume", "promote", "stop")
 RULED = {"promote": "widen", "lift": "lift", "stop": "lift"}  # kind → the rule that it falls under
 SCOPES = ("all", "product", "hardware", "digest")
+REASON = 2000  # characters
 
 _ALLOWED: Mapping[str, frozenset[RolloutState]] = {
     "rollback": frozenset(RolloutState) - {RolloutState.ROLLED_BACK, RolloutState.ROLLING_BACK},
@@ -88,6 +91,8 @@ def record(
         raise Refused(
             422, f"{kind}: say why (reason): it stands in the audit and in Git", "/reason"
         )
+    _writable("reason", reason, REASON)
+    _writable("incident", incident or "", 128)
 
     def write() -> Recorded:
         with writing(engine) as conn:
@@ -104,6 +109,14 @@ def record(
 
     stops = kind in ("rollback", "hold", "stop", "pause")
     return ballast.urgently(engine, write) if stops else write()
+
+
+def _writable(name: str, text: str, longest: int) -> None:
+    """Raises Refused for what a hold's file in Git could not carry, or a page not show."""
+    if len(text) > longest:
+        raise Refused(422, f"{name}: at most {longest} characters", f"/{name}")
+    if found := CONTROL.search(text):
+        raise Refused(422, f"{name}: without {ascii(found.group())}: it is a control", f"/{name}")
 
 
 def carry_out(

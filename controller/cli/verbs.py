@@ -77,7 +77,7 @@ def _command(kind: str) -> Callable[..., None]:
         database: Database = None,
         output: Format = Output.TABLE,
     ) -> None:
-        body = {"reason": reason, "incident": incident, "to": to, "hold": hold}
+        body = {"reason": _typed(reason), "incident": incident, "to": to, "hold": hold}
         given: dict[str, Any] = {name: value for name, value in body.items() if value}
         if scope := _scope(cohort, step, device, label):
             given["scope"] = scope
@@ -128,12 +128,17 @@ def stop(
     """Stop everything in scope: no new activation anywhere. Needs no preview, no Git, no broker."""
     body: dict[str, Any] = {"scope": scope, "value": value, **({"lift": True} if end else {})}
     if state_dir is not None:
-        given = {**body, "reason": reason}
+        given = {**body, "reason": _typed(reason)}
         _show(_direct("stop", None, given, None, False, state_dir, database), output)
         return
     from controller.cli.client import Api
 
-    _show(Api(server, token).post("/stop", {**body, "reason": reason}), output)
+    _show(Api(server, token).post("/stop", {**body, "reason": _typed(reason)}), output)
+
+
+def _typed(text: str) -> str:
+    """As it can be sent and stored: a shell of another encoding must not keep a rollback waiting."""
+    return text.encode(errors="replace").decode()
 
 
 def _remote(
