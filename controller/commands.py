@@ -22,6 +22,7 @@ from controller.manifests.text import CONTROL
 from controller.rollout import scope as scopes
 from controller.rollout.model import ACTIVE, RolloutState
 from controller.store import approvals
+from controller.store import stops as stop_rows
 from controller.store.tables import commands, holds, members, releases, rollouts, stops
 from telemetry.store.database import reading, writing
 
@@ -116,7 +117,7 @@ def _writable(name: str, text: str, longest: int) -> None:
     if len(text) > longest:
         raise Refused(422, f"{name}: at most {longest} characters", f"/{name}")
     if found := CONTROL.search(text):
-        raise Refused(422, f"{name}: without {ascii(found.group())}: it is a control", f"/{name}")
+        raise Refused(422, f"{name}: without {found.group()!a}: it is a control", f"/{name}")
 
 
 def carry_out(
@@ -266,12 +267,17 @@ def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     scope, value = _scope(body)
     with reading(engine) as conn:
         rows = conn.execute(
-            select(rollouts.c.id, rollouts.c.name, rollouts.c.fleet, rollouts.c.artifacts).where(
-                rollouts.c.state.in_([str(state) for state in ACTIVE])
-            )
-        ).all()
-    if scope == "digest":
-        rows = [row for row in rows if value in row.artifacts.values()]
+            select(
+                rollouts.c.id, rollouts.c.name, rollouts.c.fleet, rollouts.c.digest,
+                rollouts.c.artifacts,
+            ).where(rollouts.c.state.in_([str(state) for state in ACTIVE]))
+        ).all()  # fmt: skip
+        if scope in ("product", "hardware"):
+            concerned = stop_rows.fleets(conn, scope, value)
+            rows = [row for row in rows if row.fleet in concerned]
+        if scope == "digest":
+            meant = {value, *stop_rows.released(conn, value)}
+            rows = [r for r in rows if not meant.isdisjoint({r.digest, *r.artifacts.values()})]
     where = f"{scope} {value}".strip()
     verb = "ends the stop of" if body.get("lift") else "no new activation in"
     return {
@@ -460,7 +466,10 @@ def _stop(
             id=command, scope=scope, value=value, reason=reason, actor=actor, at=now
         )
     )
-    return f"stopped: no new activation in {scope} {value}".rstrip()
+    said = f"stopped: no new activation in {scope} {value}".rstrip()
+    if stop_rows.known(conn, scope, value):
+        return said
+    return f"{said}; NOTHING that we know is in it: is {value!r} written right?"
 
 
 def _scope(body: Mapping[str, Any]) -> tuple[str, str]:

@@ -32,6 +32,9 @@ _HELP = {
     "resume": "Go on with a paused or inconclusive rollout.",
     "promote": "Pass the pause or the soak of the current step.",
 }
+_STOPPED = (
+    "Which: a product (a label, or a fleet), a hardware, a digest (of a release or an artifact)."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -117,7 +120,7 @@ def _scope(
 def stop(
     reason: Annotated[str, typer.Option(help="Why: stands in the audit.")],
     scope: Annotated[str, typer.Option(help="all, product, hardware or digest.")] = "all",
-    value: Annotated[str, typer.Option(help="Which product, hardware or digest.")] = "",
+    value: Annotated[str, typer.Option(help=_STOPPED)] = "",
     end: Annotated[bool, typer.Option("--end", help="End this stop.")] = False,
     server: Server = SERVER,
     token: Token = None,
@@ -137,7 +140,7 @@ def stop(
 
 
 def _typed(text: str) -> str:
-    """As it can be sent and stored: a shell of another encoding must not keep a rollback waiting."""
+    """As it can be sent and stored: bytes of another encoding keep no rollback waiting."""
     return text.encode(errors="replace").decode()
 
 

@@ -26,7 +26,7 @@ _SCALAR_TAGS = frozenset(
 )
 
 _BRACKET = re.compile(r"[\[\]{}]")
-# All but tab and line feed. What people write over the API keeps to it too: it becomes a hold's file.
+# All but tab and line feed. Reasons over the API keep to it too: they become files of holds.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Place = tuple[int, int]  # line and column, from 1
@@ -169,7 +169,7 @@ def _writable(node: Any, path: tuple[str | int, ...]) -> str:
     """
     text = str(node.value)
     if found := CONTROL.search(text):
-        raise _Refused(node, f"the control character {ascii(found.group())} is not allowed", path)
+        raise _Refused(node, f"the control character {found.group()!a} is not allowed", path)
     return text
 
 

@@ -162,6 +162,24 @@ class ActiveStop:
     value: str
     reason: str
     actor: str
+    artifacts: frozenset[str] = frozenset()  # of the release that has this digest
+    fleets: frozenset[str] = frozenset()  # that are labelled as this product
+
+    def covers(self, device: Device, digests: Collection[str], product: str | None = None) -> bool:
+        """Is a new activation of these on this device in its scope? `product`: its fleet's label.
+
+        A product is meant by its label, on the device or on its fleet, or by the fleet's name:
+        what is stopped too widely is set free by a word, what went on is not called back.
+        """
+        match self.scope:
+            case "all":
+                return True
+            case "hardware":
+                return device.hardware == self.value
+            case "digest":
+                return self.value in digests or not self.artifacts.isdisjoint(digests)
+        named = self.value in (device.labels.get("product"), device.fleet, product)
+        return named or device.fleet in self.fleets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

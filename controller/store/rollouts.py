@@ -30,7 +30,6 @@ from sqlalchemy import (
 from controller.rollout.model import (
     ACTIVE,
     ActiveHold,
-    ActiveStop,
     Arm,
     Device,
     Draw,
@@ -71,7 +70,6 @@ _DEVICES = Prepared(
     select(devices).where(devices.c.change > bindparam("since")).order_by(devices.c.change)
 )
 _HOLDS = Prepared(select(holds).order_by(holds.c.created_at, holds.c.id))
-_STOPS = Prepared(select(stops).where(stops.c.lifted_at.is_(None)).order_by(stops.c.id))
 _IN_FORCE = Prepared(
     union_all(
         select(holds.c.id).where(holds.c.lifted_at.is_(None)),
@@ -236,14 +234,6 @@ def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
         if row.lifted_at is None
     ]
     return active, frozenset(row.digest for row in rows)
-
-
-def load_stops(conn: Connection) -> list[ActiveStop]:
-    rows = _STOPS.all(conn)
-    return [
-        ActiveStop(id=row.id, scope=row.scope, value=row.value, reason=row.reason, actor=row.actor)
-        for row in rows
-    ]
 
 
 def in_force(conn: Connection) -> frozenset[str]:

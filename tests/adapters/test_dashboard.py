@@ -405,6 +405,17 @@ def test_one_device_alone_is_rolled_back_from_its_page(house: Any) -> None:
         assert refused.status_code == 422, scope
 
 
+def test_a_stop_blocks_the_devices_that_are_in_it_alone(house: Any) -> None:
+    house.add_rollout()
+    house.enrol("car-1")
+    for value, blocks in (("hw9", False), ("eu", True)):
+        scope = "product" if value == "eu" else "hardware"
+        said = {"scope": scope, "value": value, "reason": "smoke"}
+        assert house.client.post("/api/v1/stop", json=said).status_code == 202
+        page = house.client.get("/devices/car-1", headers=HTML).text
+        assert (f"Stop of {scope} {value}" in page.partition("<h2")[2]) == blocks, value
+
+
 def test_a_list_is_there_for_programs_page_by_page(house: Any) -> None:
     house.client.post(
         "/api/v1/devices", json=[{"id": f"car-{i:03}", "fleet": "eu"} for i in range(70)]
