@@ -23,6 +23,7 @@ from controller.rollout import scope as scopes
 from controller.rollout.model import ACTIVE, RolloutState
 from controller.store import approvals
 from controller.store import stops as stop_rows
+from controller.store.devices import get_many
 from controller.store.tables import commands, holds, members, releases, rollouts, stops
 from telemetry.store.database import reading, writing
 
@@ -341,6 +342,7 @@ def _apply(
     now: float,
 ) -> str:
     if kind in ("rollback", "hold"):
+        part = scope_of(conn, row, body)
         hold = add_hold(
             conn,
             row,
@@ -349,21 +351,34 @@ def _apply(
             reason=reason,
             incident=incident,
             now=now,
-            scope=_hold_scope(body),
+            scope=part,
         )
-        part = scopes.words(_hold_scope(body))
-        whom = f" for {part}" if part else ""
+        words = scopes.words(part)
+        whom = f" for {words}" if words else ""
         return f"{row['release']} is rejected by hold {hold}{whom}; devices: {kind}"
     if kind == "lift":
         return _lift(conn, row, body, actor, reason, now)
     return f"{kind} {row['name']} ({row['release']}) recorded"
 
 
-def _hold_scope(body: Mapping[str, Any]) -> dict[str, Any]:
+def scope_of(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the fleet that is meant; raises Refused for one that nobody can be in.
+
+    At 3 a.m. a name that is mistyped must not look like a rollback that is under way.
+    """
     try:
-        return scopes.checked(body.get("scope"))
+        part = scopes.checked(body.get("scope"))
     except ValueError as error:
         raise Refused(422, str(error), "/scope") from None
+    why = scopes.empty(part, row["pinned"] or {})
+    if names := part.get("devices"):
+        known = get_many(conn, names)
+        strange = [n for n in names if n not in known or known[n].fleet != row["fleet"]]
+        if strange:
+            why = f"fleet {row['fleet']} has no device {', '.join(strange[:5])}"
+    if why:
+        raise Refused(422, f"scope: {why}", "/scope")
+    return part
 
 
 def _destination(conn: Connection, body: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from controller.commands import Refused, found, may
+from controller.commands import Refused, found, may, scope_of
 from controller.reach import WORDS, Heard, Reached, load, reached
 from controller.rollout import scope
 from controller.rollout.model import ActiveHold, Arm, MemberState
@@ -33,10 +33,10 @@ def preview(
     now: float,
 ) -> dict[str, Any]:
     """The blast radius of a verb on this rollout, without doing it; raises Refused."""
-    part = _scope(body)
     with reading(engine) as conn:
         row = found(conn, rollout)
         may(row, kind)
+        part = scope_of(conn, row, body)
         states = count_members(conn, [row["id"]])[row["id"]]["devices"]
         hold = _hold(row, body, kind, part, now)
         if kind in ("rollback", "hold"):
@@ -160,10 +160,3 @@ def _sentence(
     if untold:
         said.append(f"{untold} more are not told")
     return f"{head}: " + "; ".join(said)
-
-
-def _scope(body: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return scope.checked(body.get("scope"))
-    except ValueError as error:
-        raise Refused(422, str(error), "/scope") from None

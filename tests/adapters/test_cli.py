@@ -180,6 +180,11 @@ def test_a_part_of_the_fleet_is_named_by_one_option(server: str, state: Path) ->
                "--server", server)  # fmt: skip
     selector = json.loads(seen.stdout)["scope"]["selector"]
     assert selector["matchLabels"] == {"hardware": "hw4"}
+    for name in ("car-1", "car-2"):
+        run("device", "enrol", name, "--fleet", "eu", "--server", server)
+    slip = run("rollback", "cars", "--reason", "x", "--device", "car-l", "--state-dir", str(state))
+    assert slip.returncode == 1
+    assert "fleet eu has no device car-l" in slip.stderr
     done = run("rollback", "cars", "--reason", "two burn", "--device", "car-1", "--device", "car-2",
                "--state-dir", str(state))  # fmt: skip
     assert done.returncode == 0, done.stderr

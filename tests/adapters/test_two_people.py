@@ -388,6 +388,7 @@ def test_a_part_that_was_not_told_yet_never_is(story: Any) -> None:
     "scope",
     [{}, {"everything": True}, {"all": False}, {"step": -1}, {"step": "x"}, {"step": 10**9},
      {"cohort": "../x"}, {"cohort": 7}, {"devices": []}, {"devices": ["A B"]},
+     {"cohort": "cannary"}, {"step": 9}, {"devices": ["car-00", "car-0"]},
      {"devices": ["a"] * 1001}, {"selector": {}}, {"selector": {"matchLabel": {}}},
      {"selector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}},
      {"all": True, "step": 1}],
@@ -395,6 +396,8 @@ def test_a_part_that_was_not_told_yet_never_is(story: Any) -> None:
 def test_a_scope_that_is_none_is_refused_and_changes_nothing(story: Any, scope: Any) -> None:
     commit(story, None)
     story.run(3)
+    with pytest.raises(Refused):
+        _preview(story, "rollback", {"scope": scope})
     with pytest.raises(Refused) as refused:
         _record(story, "rollback", body={"scope": scope})
     assert refused.value.code == 422
