@@ -90,18 +90,28 @@ def wait(
     token: Token = None,
     output: Format = Output.TABLE,
 ) -> None:
-    """Wait for the end of a rollout: 0 completed, 4 rolled back, 5 timed out, 6 held or denied."""
+    """Wait for the end of a rollout: 0 completed, 4 rolled back, 5 timed out, 6 held or denied.
+
+    A service that is away for a while is asked again, until the time is over.
+    """
     from controller.cli import show
     from controller.cli.client import Api, NotFound
+    from controller.cli.errors import Unreachable
 
     api, deadline = Api(server, token), time.monotonic() + timeout
     ends = {"Completed": 0, "RolledBack": ROLLED_BACK, "Held": DENIED, "Superseded": 1}
     found: dict[str, Any] | None = None
+    answered = False
     while True:
         try:
             found = api.get(f"/rollouts/{rollout}")
+            answered = True
         except NotFound:
-            found = None
+            found, answered = None, True
+        except Unreachable:
+            # A service that is started again ends no pipeline; a wrong address does, at once.
+            if not answered or time.monotonic() >= deadline:
+                raise
         if found is not None and release in (None, found["release"]) and found["state"] in ends:
             break
         if time.monotonic() >= deadline:
