@@ -91,7 +91,7 @@ def verify(
             problems.append(f"rows {seq + 1} to {row.seq - 1} are missing")
         if row.previous != previous:
             problems.append(f"row {row.seq} does not follow the row before it")
-        if not intact(_read(row._mapping)):
+        if not intact(_read(dict(row._mapping))):
             problems.append(f"row {row.seq} was changed")
         previous, seq = row.hash, row.seq
         missing.discard((row.seq, row.hash))

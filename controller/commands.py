@@ -475,7 +475,7 @@ def _stop(
         )
         if not lifted.rowcount:
             raise Refused(409, f"no stop of {scope} {value} is in force".replace("  ", " "))
-        return f"the stop of {scope} {value} has ended"
+        return f"the stop of {f'{scope} {value}'.rstrip()} has ended"
     conn.execute(
         insert(stops).values(
             id=command, scope=scope, value=value, reason=reason, actor=actor, at=now

@@ -296,6 +296,15 @@ def test_hostile_bodies_are_refused(house: House, body: bytes, code: int) -> Non
     assert house.client.get("/api/v1/rollouts/cars").json()["revision"] == 4
 
 
+def test_what_is_no_json_is_told_with_its_place_and_no_pointer(house: House) -> None:
+    answer = house.client.post(
+        "/api/v1/stop", content=b'{"scope": ', headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("no JSON: ")
+    assert answer.json()["errors"][0]["pointer"] == ""
+
+
 def test_an_unknown_field_is_named(house: House) -> None:
     answer = house.client.post("/api/v1/stop", json={"reason": "x", "scop": "all"})
     assert answer.json()["errors"] == [{"pointer": "/scop", "detail": "unknown field"}]
