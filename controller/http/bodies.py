@@ -15,7 +15,13 @@ Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Reason = Annotated[
     str, StringConstraints(max_length=REASON, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")
 ]
-Word = Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+# Names also without what turns the direction of writing around: two of them must not look alike.
+Word = Annotated[
+    str,
+    StringConstraints(
+        max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*$"
+    ),
+]
 Labels = Annotated[dict[str, str], Field(max_length=64)]
 
 

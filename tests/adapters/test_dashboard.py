@@ -416,6 +416,16 @@ def test_a_stop_blocks_the_devices_that_are_in_it_alone(house: Any) -> None:
         assert (f"Stop of {scope} {value}" in page.partition("<h2")[2]) == blocks, value
 
 
+def test_a_notice_is_one_text_beside_its_sign(house: Any) -> None:
+    """The line is a row of boxes: each `name` in its sentence was a column of its own."""
+    with writing(house.deps.engine) as conn:
+        store.put_meta(conn, "notices", {"cars": "rejected (`x` and `y`): name another"})
+    page = house.client.get("/", headers=HTML).text
+    notice = page.partition('<p class="notice">')[2].partition("</p>")[0]
+    assert notice.rpartition("</svg>")[2].startswith("<span><b>cars</b> rejected (<code>x</code>")
+    assert notice.count("<span>") == 1
+
+
 def test_a_list_is_there_for_programs_page_by_page(house: Any) -> None:
     house.client.post(
         "/api/v1/devices", json=[{"id": f"car-{i:03}", "fleet": "eu"} for i in range(70)]
