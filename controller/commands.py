@@ -31,6 +31,7 @@ KINDS = ("rollback", "hold", "lift", "pause", "resume", "promote", "stop")
 RULED = {"promote": "widen", "lift": "lift", "stop": "lift"}  # kind → the rule that it falls under
 SCOPES = ("all", "product", "hardware", "digest")
 REASON = 2000  # characters
+NOTHING = "NOTHING that we know is in it"  # of a stop, said after it was recorded
 
 _ALLOWED: Mapping[str, frozenset[RolloutState]] = {
     "rollback": frozenset(RolloutState) - {RolloutState.ROLLED_BACK, RolloutState.ROLLING_BACK},
@@ -484,7 +485,7 @@ def _stop(
     said = f"stopped: no new activation in {scope} {value}".rstrip()
     if stop_rows.known(conn, scope, value):
         return said
-    return f"{said}; NOTHING that we know is in it: is {value!r} written right?"
+    return f"{said}; {NOTHING}: is {value!r} written right?"
 
 
 def _scope(body: Mapping[str, Any]) -> tuple[str, str]:

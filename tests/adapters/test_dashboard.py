@@ -416,6 +416,17 @@ def test_a_stop_blocks_the_devices_that_are_in_it_alone(house: Any) -> None:
         assert (f"Stop of {scope} {value}" in page.partition("<h2")[2]) == blocks, value
 
 
+def test_a_stop_that_stops_nothing_says_so_on_the_page(house: Any) -> None:
+    house.enrol("car-1")
+    for value, status in (("eu", 303), ("ue", 200)):
+        said = {**form(house.client, "/stop"), "scope": "product", "value": value, "reason": "x"}
+        said.pop("lift", None)
+        done = house.client.post("/stop", data=said, headers=HTML, follow_redirects=False)
+        assert done.status_code == status
+    assert "NOTHING that we know is in it" in done.text
+    assert "In force: product ue" in done.text
+
+
 def test_a_notice_is_one_text_beside_its_sign(house: Any) -> None:
     """The line is a row of boxes: each `name` in its sentence was a column of its own."""
     with writing(house.deps.engine) as conn:

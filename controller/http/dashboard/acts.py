@@ -78,9 +78,11 @@ async def stop(page: Page, form: Form) -> Response:
 
 def _stop(page: Scene, fields: Mapping[str, str]) -> Response:
     try:
-        _record_stop(page, fields)
+        said = _record_stop(page, fields)
     except commands.Refused as refused:
         return _stop_dialog(page, fields, refused.code, refused.message)
+    if commands.NOTHING in said:  # who wrote it must see that
+        return _stop_dialog(page, {}, said=said)
     return RedirectResponse("/oncall", 303)
 
 
@@ -202,7 +204,9 @@ def _name_typed(
 # -- stop -----------------------------------------------------------------------------------------
 
 
-def _stop_dialog(page: Scene, typed: Mapping[str, str], code: int = 200, why: str = "") -> Response:
+def _stop_dialog(
+    page: Scene, typed: Mapping[str, str], code: int = 200, why: str = "", said: str = ""
+) -> Response:
     must_everywhere(page.who, Right.STOP, "a stop reaches all of them")
     with reading(page.deps.engine) as conn:
         stops = views.active_stops(conn)
@@ -213,13 +217,14 @@ def _stop_dialog(page: Scene, typed: Mapping[str, str], code: int = 200, why: st
         "scopes": commands.SCOPES,
         "may_end": page.who.may_everywhere(Right.START),
         "why": why,
+        "said": said,
         "typed": {name: typed.get(name, "") for name in ("scope", "value", "reason", "lift")},
         "title": "Stop",
     }
     return rendering.page(page.request, "stop.html", page.who, shown, status=code)
 
 
-def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
+def _record_stop(page: Scene, fields: Mapping[str, str]) -> str:
     ends = fields.get("lift") == "true"
     must_everywhere(page.who, Right.START if ends else Right.STOP, "a stop reaches all of them")
     body = checked(bodies.Stop, {
@@ -228,7 +233,7 @@ def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
         "reason": text_of(fields, "reason"),
         "lift": ends,
     })  # fmt: skip
-    commands.record(
+    recorded = commands.record(
         page.deps.engine,
         kind="stop",
         rollout=None,
@@ -240,6 +245,7 @@ def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
         now=page.deps.clock(),
     )
     poke(page)
+    return recorded.sentence
 
 
 def checked(kind: Any, data: Mapping[str, Any]) -> Any:
