@@ -691,6 +691,25 @@ def test_a_wave_too_small_to_prove_anything_is_doubled_once(story: Story, rule: 
     assert story.versions() == {"2": 40}
 
 
+def test_a_step_that_waits_for_a_person_waits_when_the_policy_proceeds_too(story: Story) -> None:
+    """`proceed` gives up the proof; with `pause: {}` somebody wants to look before it widens."""
+    few = {"cohort": "canary", "percent": "25%", "soak": "3s", "maxSoak": "6s", "margins": MARGINS}
+    steps = [{**few, "pause": {}}, {"cohort": "general", "soak": "3s", "margins": MARGINS}]
+    proceed = {"proceed": {"minHealthy": "1", "afterSoak": "3s", "maxDevices": "1000"}}
+    strategy = {"onInconclusive": proceed, "partial": "true"}
+    story.commit(*base(), rollout("cars", "app-2", steps=steps, strategy=strategy))
+    story.run(30)
+    assert story.versions()["2"] == 3
+    assert story.rollout().state == "Paused"
+    assert "UNPROVEN, the step waits for `promote`" in story.rollout().sentence
+    story.command("resume")  # who did not want to look longer has not said that it may widen
+    story.run(5)
+    assert story.rollout().state == "Paused"
+    story.command("promote")
+    story.run(30)
+    assert story.versions() == {"2": 40}
+
+
 @pytest.mark.parametrize(("percent", "canaries"), [("25%", 40), ("10%", 5)])
 def test_a_wave_is_doubled_at_most_twice(story: Story, percent: str, canaries: int) -> None:
     """3 canaries become 6, then the 12 that refute 30 %; 10 % become 5: a person."""
