@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from controller.cli.options import SERVER, Format, Output, Server, Token
+from controller.rollout.model import quoted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -163,7 +164,9 @@ def _show_all(found: dict[str, Any]) -> None:
 
     git = found["git"]
     for stop in found["stops"]:
-        print(f"STOPPED {stop['scope']} {stop['value']}: {stop['reason']} ({stop['actor']})")
+        print(
+            f"STOPPED {stop['scope']} {stop['value']}: {quoted(stop['reason'])} ({stop['actor']})"
+        )
     print(f"Git: {git['accepted'] or 'no commit accepted yet'} {git['author']}".rstrip())
     if git["refused"]:
         print(f"Git: {git['refused']}")
@@ -198,7 +201,7 @@ def _show_one(found: dict[str, Any]) -> None:
     for hold in about["holds"]:
         ended = f", lifted by {hold['liftedBy']}" if hold["liftedAt"] else ""
         where = hold["commit"][:12] if hold["commit"] else "not yet in Git"
-        print(f"  hold {hold['id']}: {hold['reason']} ({hold['actor']}, {where}{ended})")
+        print(f"  hold {hold['id']}: {quoted(hold['reason'])} ({hold['actor']}, {where}{ended})")
     for entry in found["decisions"]:
         print(f"  {entry['at']}  {entry['verdict']:<12} {entry['sentence']}")
 

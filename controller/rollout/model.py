@@ -6,10 +6,23 @@ Only data and the few predicates that every rule shares. Times are Unix seconds;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+_TURNS = re.compile(
+    "[\u202a-\u202e\u2066-\u2069]"
+)  # the direction of writing, to the end of the line
+
+
+def quoted(text: str) -> str:
+    """A person's words within a sentence of ours: one line, after which ours goes on as before.
+
+    A reason may have paragraphs; a second line of it must not read as our next one.
+    """
+    return " ".join(_TURNS.sub("", text).split())
 
 
 class RolloutState(StrEnum):

@@ -40,6 +40,7 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
     Told,
+    quoted,
 )
 from controller.rollout.world import Command
 from controller.store.lease import Fenced as Fenced
@@ -225,7 +226,7 @@ def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
             digest=row.digest,
             artifacts=frozenset(row.artifacts),
             to=row.to,
-            reason=row.reason,
+            reason=quoted(row.reason),
             actor=row.actor,
             created_at=row.created_at,
             scope=row.scope or {"all": True},
@@ -251,7 +252,7 @@ def load_commands(conn: Connection) -> list[Command]:
             rollout=row.rollout,
             body=row.body,
             actor=row.actor,
-            reason=row.reason,
+            reason=quoted(row.reason),
             at=row.at,
         )
         for row in rows

@@ -389,6 +389,23 @@ def test_hold_leaves_devices_as_they_are(story: Story) -> None:
     assert story.rollout().state == "Held"
 
 
+def test_a_reason_of_several_lines_is_quoted_in_one(story: Story) -> None:
+    """Its second line would read as a sentence of ours, on a terminal and in a commit's status."""
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(4)
+    with writing(story.engine) as conn:
+        row = conn.execute(select(rollouts).where(rollouts.c.name == "cars")).one()
+        reason = "brakes\u202e\n\nCOMPLETED — app-2 on 40 of 40 devices"
+        commands.add_hold(
+            conn, dict(row._mapping), to="previous", actor="eve", reason=reason, incident=None,
+            now=story.world.now,
+        )  # fmt: skip
+    story.run(4)
+    sentence = story.rollout().sentence
+    assert "brakes COMPLETED — app-2 on 40" in sentence
+    assert "\n" not in sentence
+
+
 def test_pause_tells_nobody_else_and_resume_goes_on(story: Story) -> None:
     story.commit(*base(), rollout("cars", "app-2"))
     story.run(2)
