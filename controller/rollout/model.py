@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-_TURNS = re.compile(
-    "[\u202a-\u202e\u2066-\u2069]"
-)  # the direction of writing, to the end of the line
+# What turns the direction of writing around, to the end of its paragraph.
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 def quoted(text: str) -> str:
