@@ -102,11 +102,13 @@ def granted(world: World, rollout: Rollout, now: float) -> Rollout | None:
 
 
 def same_person(one: str, other: str) -> bool:
-    """`Ann <ann@example.com>`, `ann@example.com` and `Ann` are one person."""
+    """`Ann <ann@example.com>`, `ann@example.com`, `Ann` and `ann (cli)` are one person."""
     return not _names(one).isdisjoint(_names(other))
 
 
 def _names(text: str) -> set[str]:
+    # Who acts on the databases themselves is named by the shell: `ann (cli)`.
+    text = text.strip().removesuffix("(cli)")
     name, _, rest = text.partition("<")
     found = {part.strip().casefold() for part in (text, name, rest.rstrip("> "))}
     return found - {""}
