@@ -450,18 +450,28 @@ def _lift(
                 lift_reason=reason,
             )
         )
-    return f"{row['name']}: lifted {', '.join(lifted)}; the digest may be tried again"
+    what = "its release" if body.get("hold") else row["release"]
+    return f"{row['name']}: lifted {', '.join(lifted)}; {what} may be tried again"
 
 
 def _in_force(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
-    """The holds that a lift ends; raises Refused when there is none."""
-    wanted = [holds.c.rollout == row["name"], holds.c.lifted_at.is_(None)]
-    if body.get("hold"):
-        wanted.append(holds.c.id == str(body["hold"]))
-    names = [hold for (hold,) in conn.execute(select(holds.c.id).where(*wanted))]
-    if not names:
-        raise Refused(409, f"{row['name']}: no hold is in force, nothing to lift")
-    return names
+    """The holds that a lift ends: of this digest, or the one that is named.
+
+    Never those of other releases of the same rollout: who sets one free has not looked at them.
+    Raises Refused when there is none.
+    """
+    query = select(holds.c.id, holds.c.digest, holds.c.release).where(
+        holds.c.rollout == row["name"], holds.c.lifted_at.is_(None)
+    )
+    known = conn.execute(query.order_by(holds.c.id)).all()
+    named = str(body.get("hold") or "")
+    meant = [h.id for h in known if (h.id == named if named else h.digest == row["digest"])]
+    if meant:
+        return meant
+    wanted = f"hold {named}" if named else f"hold on {row['release']}"
+    others = ", ".join(f"{h.id} on {h.release}" for h in known[-3:])
+    hint = f"; in force are {others}: lift one by its id (`--hold ID`)" if others else ""
+    raise Refused(409, f"{row['name']}: no {wanted} is in force, nothing to lift{hint}")
 
 
 def _stop(

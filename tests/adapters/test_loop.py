@@ -380,6 +380,32 @@ def test_a_lifted_digest_starts_again_at_step_one(story: Story) -> None:
     assert story.versions() == {"2": 40}
 
 
+def test_a_lift_sets_free_the_release_of_its_rollout_and_no_other(story: Story) -> None:
+    """2 is bad; 3 was held by mistake. Who lifts 3 has not looked at 2, which Git names again."""
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(3)
+    story.command("rollback")
+    story.run(5)
+    story.commit(*base(), rollout("cars", "app-3"))
+    story.run(40)
+    assert story.versions() == {"3": 40}
+    story.command("hold")
+    story.run(2)
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.command("lift")
+    story.run(30)
+    assert story.versions() == {"3": 40}
+    with reading(story.engine) as conn:
+        left = conn.execute(select(holds.c.id, holds.c.release).where(holds.c.lifted_at.is_(None)))
+        (still,) = left.all()
+    assert still.release == "app-2"
+    with pytest.raises(commands.Refused, match=f"in force are {still.id} on app-2"):
+        story.command("lift")
+    story.command("lift", body={"hold": still.id})
+    story.run(60)
+    assert story.versions() == {"2": 40}
+
+
 def test_hold_leaves_devices_as_they_are(story: Story) -> None:
     story.commit(*base(), rollout("cars", "app-2"))
     story.run(2)
