@@ -122,6 +122,13 @@ def stop(
     scope: Annotated[str, typer.Option(help="all, product, hardware or digest.")] = "all",
     value: Annotated[str, typer.Option(help=_STOPPED)] = "",
     end: Annotated[bool, typer.Option("--end", help="End this stop.")] = False,
+    incident: Annotated[str | None, typer.Option(help="As in INC-1.")] = None,
+    break_glass: Annotated[
+        bool, typer.Option("--break-glass", help="--end without the second person; told to all.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would reach; change nothing.")
+    ] = False,
     server: Server = SERVER,
     token: Token = None,
     state_dir: StateDir = None,
@@ -129,14 +136,16 @@ def stop(
     output: Format = Output.TABLE,
 ) -> None:
     """Stop everything in scope: no new activation anywhere. Needs no preview, no Git, no broker."""
-    body: dict[str, Any] = {"scope": scope, "value": value, **({"lift": True} if end else {})}
+    wanted: dict[str, Any] = {"scope": scope, "value": value, **({"lift": True} if end else {})}
+    given = {**wanted, "reason": _typed(reason), **({"incident": incident} if incident else {})}
+    if break_glass:
+        given["breakGlass"] = True
     if state_dir is not None:
-        given = {**body, "reason": _typed(reason)}
-        _show(_direct("stop", None, given, None, False, state_dir, database), output)
+        _show(_direct("stop", None, given, None, dry_run, state_dir, database), output)
         return
     from controller.cli.client import Api
 
-    _show(Api(server, token).post("/stop", {**body, "reason": _typed(reason)}), output)
+    _show(Api(server, token).post("/stop", given, dry_run=dry_run), output)
 
 
 def _typed(text: str) -> str:
@@ -177,6 +186,8 @@ def _direct(
     engine = open_engine(state_dir, database)
     rest = {k: v for k, v in body.items() if k not in ("reason", "incident", "breakGlass")}
     try:
+        if dry_run and rollout is None:
+            return commands.preview_stop(engine, rest)
         if dry_run and rollout is not None:
             return _preview(engine, kind, rollout, rest, state_dir, database)
         recorded = commands.record(

@@ -173,6 +173,22 @@ def test_a_reason_is_held_to_the_same_with_and_without_the_api(server: str, stat
     assert _holds(state) == []
 
 
+def test_a_stop_is_previewed_and_ended_with_and_without_the_api(server: str, state: Path) -> None:
+    for where in (("--server", server), ("--state-dir", str(state))):
+        words = ("stop", "--scope", "digest", "--value", "sha256:" + "b" * 64, "--reason", "x")
+        shown = run(*words, "--dry-run", "-o", "json", *where)
+        assert [one["name"] for one in json.loads(shown.stdout)["rollouts"]] == ["cars"]
+        assert run(*words, "--end", *where).returncode == 1  # nothing was stopped yet
+        done = run(*words, "--incident", "INC-7", *where)
+        assert done.returncode == 0, done.stderr
+        assert run(*words, "--end", "--break-glass", *where).returncode == 0
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with reading(engine) as conn:
+        kept = conn.execute(select(commands.c.incident).order_by(commands.c.id)).scalars().all()
+    engine.dispose()
+    assert sorted(map(str, kept)) == ["INC-7", "INC-7", "None", "None"]
+
+
 def test_a_part_of_the_fleet_is_named_by_one_option(server: str, state: Path) -> None:
     wrong = run("hold", "cars", "--reason", "x", "--cohort", "a", "--step", "1", "--server", server)
     assert wrong.returncode == 2
