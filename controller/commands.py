@@ -204,7 +204,7 @@ def _ask(
     now: float,
 ) -> Recorded:
     if kind == "lift" and row is not None:
-        _in_force(conn, row, body)
+        in_force(conn, row, body)
     asked, digest = approvals.ask(
         conn,
         kind=kind,
@@ -438,7 +438,7 @@ def _lift(
     reason: str,
     now: float,
 ) -> str:
-    lifted = _in_force(conn, row, body)
+    lifted = in_force(conn, row, body)
     for hold in lifted:
         conn.execute(
             update(holds)
@@ -454,7 +454,7 @@ def _lift(
     return f"{row['name']}: lifted {', '.join(lifted)}; {what} may be tried again"
 
 
-def _in_force(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
+def in_force(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
     """The holds that a lift ends: of this digest, or the one that is named.
 
     Never those of other releases of the same rollout: who sets one free has not looked at them.

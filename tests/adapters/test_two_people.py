@@ -259,6 +259,9 @@ def test_widening_by_hand_waits_and_a_stop_does_not(story: Any) -> None:
     assert _record(story, "rollback", actor="eve").state == "recorded"
     story.run(5)
     assert story.versions() == {"1": 40}
+    with reading(story.engine) as conn:
+        (hold,) = conn.execute(select(holds.c.id)).scalars()
+    assert f"ends {hold}; what it rejects goes out again" in _preview(story, "lift")["sentence"]
     assert _record(story, "lift", actor="eve").state == "awaiting"
     story.run(5)
     assert story.versions() == {"1": 40}
