@@ -26,8 +26,8 @@ _SCALAR_TAGS = frozenset(
 )
 
 _BRACKET = re.compile(r"[\[\]{}]")
-# All but tab and line feed. Reasons over the API keep to it too: they become files of holds.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# All but tab and line feed. Those above 0x7f are taken: reasons, and so files of holds, had them.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 Place = tuple[int, int]  # line and column, from 1
 

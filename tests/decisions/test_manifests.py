@@ -132,7 +132,7 @@ def test_what_is_wrong_is_said(old: str, new: str, expected: str) -> None:
         ("a: \x00\n", "not YAML"),
         ('a: "x\\0y"\n', "control character '\\x00'"),
         ('a: "\\e]0;x\\a"\n', "control character '\\x1b'"),
-        ('"\\x9b": 1\n', "control character '\\x9b'"),
+        ('"\\x7f": 1\n', "control character '\\x7f'"),
         ("a: [1\n", "not YAML"),
         ("x" * (1 << 20) + "y", "larger than 1 MiB"),
         ("just text\n", "a document is a map"),
