@@ -4,8 +4,9 @@ One transaction of O(1) rows — command, hold or lift, new revision, audit — 
 is; what a person asked for is safe from there, and a hold is in force from there. The loop, woken
 at once, decides and acts. Git is not on this path, telemetry neither.
 
-Rules, in order: an unknown rollout is 404; a revision that is not the one seen is 412; what the
-rollout's state does not allow is 409; a stop, a pause, a hold and a rollback need a reason.
+Rules, in order: a stop, a hold, a rollback and a lift need a reason, of text that may stand in Git;
+an unknown rollout is 404; a revision that is not the one seen is 412; what the rollout's state does
+not allow is 409.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from typing import Any
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from controller import audit, ballast, ulid
+from controller.manifests.text import CONTROL
 from controller.rollout import scope as scopes
 from controller.rollout.model import ACTIVE, RolloutState
 from controller.store import approvals
+from controller.store import stops as stop_rows
+from controller.store.devices import get_many
 from controller.store.tables import commands, holds, members, releases, rollouts, stops
 from telemetry.store.database import reading, writing
 
 KINDS = ("rollback", "hold", "lift", "pause", "resume", "promote", "stop")
 RULED = {"promote": "widen", "lift": "lift", "stop": "lift"}  # kind → the rule that it falls under
 SCOPES = ("all", "product", "hardware", "digest")
+REASON = 2000  # characters
+NOTHING = "NOTHING that we know is in it"  # of a stop, said after it was recorded
 
 _ALLOWED: Mapping[str, frozenset[RolloutState]] = {
     "rollback": frozenset(RolloutState) - {RolloutState.ROLLED_BACK, RolloutState.ROLLING_BACK},
@@ -88,6 +94,8 @@ def record(
         raise Refused(
             422, f"{kind}: say why (reason): it stands in the audit and in Git", "/reason"
         )
+    _writable("reason", reason, REASON)
+    _writable("incident", incident or "", 128)
 
     def write() -> Recorded:
         with writing(engine) as conn:
@@ -104,6 +112,14 @@ def record(
 
     stops = kind in ("rollback", "hold", "stop", "pause")
     return ballast.urgently(engine, write) if stops else write()
+
+
+def _writable(name: str, text: str, longest: int) -> None:
+    """Raises Refused for what a hold's file in Git could not carry, or a page not show."""
+    if len(text) > longest:
+        raise Refused(422, f"{name}: at most {longest} characters", f"/{name}")
+    if found := CONTROL.search(text):
+        raise Refused(422, f"{name}: without {found.group()!a}: it is a control", f"/{name}")
 
 
 def carry_out(
@@ -188,7 +204,7 @@ def _ask(
     now: float,
 ) -> Recorded:
     if kind == "lift" and row is not None:
-        _in_force(conn, row, body)
+        in_force(conn, row, body)
     asked, digest = approvals.ask(
         conn,
         kind=kind,
@@ -253,12 +269,17 @@ def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     scope, value = _scope(body)
     with reading(engine) as conn:
         rows = conn.execute(
-            select(rollouts.c.id, rollouts.c.name, rollouts.c.fleet, rollouts.c.artifacts).where(
-                rollouts.c.state.in_([str(state) for state in ACTIVE])
-            )
-        ).all()
-    if scope == "digest":
-        rows = [row for row in rows if value in row.artifacts.values()]
+            select(
+                rollouts.c.id, rollouts.c.name, rollouts.c.fleet, rollouts.c.digest,
+                rollouts.c.artifacts,
+            ).where(rollouts.c.state.in_([str(state) for state in ACTIVE]))
+        ).all()  # fmt: skip
+        if scope in ("product", "hardware"):
+            concerned = stop_rows.fleets(conn, scope, value)
+            rows = [row for row in rows if row.fleet in concerned]
+        if scope == "digest":
+            meant = {value, *stop_rows.released(conn, value)}
+            rows = [r for r in rows if not meant.isdisjoint({r.digest, *r.artifacts.values()})]
     where = f"{scope} {value}".strip()
     verb = "ends the stop of" if body.get("lift") else "no new activation in"
     return {
@@ -322,6 +343,7 @@ def _apply(
     now: float,
 ) -> str:
     if kind in ("rollback", "hold"):
+        part = scope_of(conn, row, body)
         hold = add_hold(
             conn,
             row,
@@ -330,21 +352,34 @@ def _apply(
             reason=reason,
             incident=incident,
             now=now,
-            scope=_hold_scope(body),
+            scope=part,
         )
-        part = scopes.words(_hold_scope(body))
-        whom = f" for {part}" if part else ""
+        words = scopes.words(part)
+        whom = f" for {words}" if words else ""
         return f"{row['release']} is rejected by hold {hold}{whom}; devices: {kind}"
     if kind == "lift":
         return _lift(conn, row, body, actor, reason, now)
     return f"{kind} {row['name']} ({row['release']}) recorded"
 
 
-def _hold_scope(body: Mapping[str, Any]) -> dict[str, Any]:
+def scope_of(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the fleet that is meant; raises Refused for one that nobody can be in.
+
+    At 3 a.m. a name that is mistyped must not look like a rollback that is under way.
+    """
     try:
-        return scopes.checked(body.get("scope"))
+        part = scopes.checked(body.get("scope"))
     except ValueError as error:
         raise Refused(422, str(error), "/scope") from None
+    why = scopes.empty(part, row["pinned"] or {})
+    if names := part.get("devices"):
+        known = get_many(conn, names)
+        strange = [n for n in names if n not in known or known[n].fleet != row["fleet"]]
+        if strange:
+            why = f"fleet {row['fleet']} has no device {', '.join(strange[:5])}"
+    if why:
+        raise Refused(422, f"scope: {why}", "/scope")
+    return part
 
 
 def _destination(conn: Connection, body: Mapping[str, Any]) -> str:
@@ -403,7 +438,7 @@ def _lift(
     reason: str,
     now: float,
 ) -> str:
-    lifted = _in_force(conn, row, body)
+    lifted = in_force(conn, row, body)
     for hold in lifted:
         conn.execute(
             update(holds)
@@ -415,18 +450,28 @@ def _lift(
                 lift_reason=reason,
             )
         )
-    return f"{row['name']}: lifted {', '.join(lifted)}; the digest may be tried again"
+    what = "its release" if body.get("hold") else row["release"]
+    return f"{row['name']}: lifted {', '.join(lifted)}; {what} may be tried again"
 
 
-def _in_force(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
-    """The holds that a lift ends; raises Refused when there is none."""
-    wanted = [holds.c.rollout == row["name"], holds.c.lifted_at.is_(None)]
-    if body.get("hold"):
-        wanted.append(holds.c.id == str(body["hold"]))
-    names = [hold for (hold,) in conn.execute(select(holds.c.id).where(*wanted))]
-    if not names:
-        raise Refused(409, f"{row['name']}: no hold is in force, nothing to lift")
-    return names
+def in_force(conn: Connection, row: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
+    """The holds that a lift ends: of this digest, or the one that is named.
+
+    Never those of other releases of the same rollout: who sets one free has not looked at them.
+    Raises Refused when there is none.
+    """
+    query = select(holds.c.id, holds.c.digest, holds.c.release).where(
+        holds.c.rollout == row["name"], holds.c.lifted_at.is_(None)
+    )
+    known = conn.execute(query.order_by(holds.c.id)).all()
+    named = str(body.get("hold") or "")
+    meant = [h.id for h in known if (h.id == named if named else h.digest == row["digest"])]
+    if meant:
+        return meant
+    wanted = f"hold {named}" if named else f"hold on {row['release']}"
+    others = ", ".join(f"{h.id} on {h.release}" for h in known[-3:])
+    hint = f"; in force are {others}: lift one by its id (`--hold ID`)" if others else ""
+    raise Refused(409, f"{row['name']}: no {wanted} is in force, nothing to lift{hint}")
 
 
 def _stop(
@@ -441,13 +486,16 @@ def _stop(
         )
         if not lifted.rowcount:
             raise Refused(409, f"no stop of {scope} {value} is in force".replace("  ", " "))
-        return f"the stop of {scope} {value} has ended"
+        return f"the stop of {f'{scope} {value}'.rstrip()} has ended"
     conn.execute(
         insert(stops).values(
             id=command, scope=scope, value=value, reason=reason, actor=actor, at=now
         )
     )
-    return f"stopped: no new activation in {scope} {value}".rstrip()
+    said = f"stopped: no new activation in {scope} {value}".rstrip()
+    if stop_rows.known(conn, scope, value):
+        return said
+    return f"{said}; {NOTHING}: is {value!r} written right?"
 
 
 def _scope(body: Mapping[str, Any]) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from controller.rollout.waves import Pinned
 from controller.rollout.world import Command
 from controller.store import approvals as approval_rows
 from controller.store import rollouts as store
+from controller.store import stops as stop_rows
 from telemetry.report import DeviceRow
 
 
@@ -78,7 +79,7 @@ class Memory:
         changed, self._registry = store.load_devices(conn, self._registry)
         self.commands = store.load_commands(conn)
         self.read_holds(conn)
-        self.stops = store.load_stops(conn)
+        self.stops = stop_rows.load(conn)
         self.orders_wait = store.any_waits(conn)
         self.rules, self.granted = approval_rows.load_rules(conn), approval_rows.load_granted(conn)
         for rollout, revision in store.revisions(conn).items():

@@ -24,6 +24,7 @@ from controller.rollout.waves import Pinned
 from controller.rollout.world import Head, Scored, World
 from controller.store import approvals
 from controller.store import rollouts as store
+from controller.store import stops as stop_rows
 from telemetry.policy import GateType
 from telemetry.report import TelemetryReader
 from telemetry.score import placed, score
@@ -113,7 +114,7 @@ def _world(
         orders={},
         holds=holds,
         rejected=rejected,
-        stops=store.load_stops(conn),
+        stops=stop_rows.load(conn),
         commands=(),
         rules=approvals.load_rules(conn),
         proven=store.load_proven(conn),

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from controller.commands import Refused, found, may
+from controller.commands import Refused, found, in_force, may, scope_of
 from controller.reach import WORDS, Heard, Reached, load, reached
 from controller.rollout import scope
 from controller.rollout.model import ActiveHold, Arm, MemberState
@@ -33,10 +33,11 @@ def preview(
     now: float,
 ) -> dict[str, Any]:
     """The blast radius of a verb on this rollout, without doing it; raises Refused."""
-    part = _scope(body)
     with reading(engine) as conn:
         row = found(conn, rollout)
         may(row, kind)
+        part = scope_of(conn, row, body)
+        ended = in_force(conn, row, body) if kind == "lift" else []
         states = count_members(conn, [row["id"]])[row["id"]]["devices"]
         hold = _hold(row, body, kind, part, now)
         if kind in ("rollback", "hold"):
@@ -56,6 +57,9 @@ def preview(
     if kind not in ("rollback", "hold"):
         open_ends = states.get("drawn", 0) + states.get("told", 0)
         sentence = f"{kind} {row['release']}: {open_ends} devices are not updated yet"
+        if ended:
+            sentence = f"lift: ends {', '.join(ended)}; what it rejects goes out again, at once "
+            sentence += "where Git names it"
         return {
             **answer, "telemetry": "not asked", "devices": sum(states.values()),
             "sentence": sentence,
@@ -160,10 +164,3 @@ def _sentence(
     if untold:
         said.append(f"{untold} more are not told")
     return f"{head}: " + "; ".join(said)
-
-
-def _scope(body: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return scope.checked(body.get("scope"))
-    except ValueError as error:
-        raise Refused(422, str(error), "/scope") from None

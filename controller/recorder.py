@@ -17,6 +17,7 @@ from sqlalchemy import Engine, select, update
 from controller import anchors, audit
 from controller.fleetrepo import FleetRepo, RecordRefused, RepoUnavailable, moment
 from controller.forge import Forge, ForgeUnavailable
+from controller.manifests.text import CONTROL
 from controller.store.lease import fence
 from controller.store.rollouts import get_meta, put_meta
 from controller.store.tables import holds
@@ -195,10 +196,14 @@ def lift_text(row: Any) -> str:
 
 
 def _document(kind: str, name: str, spec: dict[str, Any]) -> str:
-    # JSON in ASCII is YAML: no text of a person can break out of its quotes.
+    # JSON in ASCII is YAML: no text of a person can break out of its quotes. Manifests refuse
+    # control characters: whatever was taken as a reason once, its hold must be readable.
     lines = ["apiVersion: bellwether.dev/v1", f"kind: {kind}", f"metadata: {{name: {name}}}"]
     lines.append("spec:")
     for key, value in spec.items():
         if value is not None:
-            lines.append(f"  {key}: {json.dumps(value)}")
+            said = (
+                CONTROL.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+            )
+            lines.append(f"  {key}: {json.dumps(said)}")
     return "\n".join(lines) + "\n"

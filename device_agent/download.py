@@ -197,7 +197,7 @@ def _refuse(error: urllib.error.HTTPError, url: str, part: Path) -> None:
     if 300 <= error.code < 500 and error.code not in _FINAL_EXCEPT:
         raise FetchRefused(Reason.DOWNLOAD_REFUSED, detail)
     after = error.headers.get("Retry-After", "")
-    raise _Again(detail, after=min(float(after), 3_600.0) if after.isdigit() else 0.0)
+    raise _Again(detail, after=min(float(after), 3_600.0) if after.isdecimal() else 0.0)
 
 
 def _continues(answer: http.client.HTTPResponse, offset: int) -> bool:

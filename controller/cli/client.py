@@ -8,6 +8,20 @@ from typing import Any
 from controller.cli.errors import Failed, Unreachable
 
 DENIED = 6
+_LISTS = {
+    "devices": "bellwether device list",
+    "releases": "bellwether release list",
+    "approvals": "bellwether approvals",
+    "decisions": "bellwether status ROLLOUT -o json",
+}
+_NEXT = {
+    401: "set BELLWETHER_TOKEN or --token (`bellwether token create NAME --role …` makes one)",
+    403: "`bellwether token list` tells on the server who has which role",
+    409: "`bellwether status` shows how it stands",
+    412: "look (`bellwether status`), then run it again",
+    429: "wait some seconds, then run it again",
+    500: "its log has the cause; `bellwether doctor` on the server checks its databases",
+}
 
 
 class NotFound(Failed):
@@ -83,10 +97,18 @@ def _failed(answer: Any) -> Failed:
         detail = str(problem["detail"])
     except (ValueError, KeyError, TypeError):
         detail = f"HTTP {answer.status_code} of {answer.url}: is this a Bellwether server?"
+    if "`" not in detail and (then := _next(answer)):  # else it says by itself what to run
+        detail = f"{detail}; {then}"
     if answer.status_code == 404:
         return NotFound(detail)
     if answer.status_code in (502, 503, 504):
         return Unreachable(detail)
-    if answer.status_code == 401:
-        return Failed(f"{detail}; set BELLWETHER_TOKEN or --token", DENIED)
-    return Failed(detail, DENIED if answer.status_code == 403 else 1)
+    return Failed(detail, DENIED if answer.status_code in (401, 403) else 1)
+
+
+def _next(answer: Any) -> str:
+    """What to run next, in the words of the command line: the problem's own hint is the API's."""
+    if answer.status_code == 404:
+        kind = str(answer.url.path).removeprefix("/api/v1/").partition("/")[0]
+        return f"`{_LISTS[kind]}` lists them" if kind in _LISTS else ""
+    return _NEXT.get(answer.status_code, "")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from controller.cli.options import SERVER, Format, Output, Server, Token
+from controller.rollout.model import quoted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -90,18 +91,28 @@ def wait(
     token: Token = None,
     output: Format = Output.TABLE,
 ) -> None:
-    """Wait for the end of a rollout: 0 completed, 4 rolled back, 5 timed out, 6 held or denied."""
+    """Wait for the end of a rollout: 0 completed, 4 rolled back, 5 timed out, 6 held or denied.
+
+    A service that is away for a while is asked again, until the time is over.
+    """
     from controller.cli import show
     from controller.cli.client import Api, NotFound
+    from controller.cli.errors import Unreachable
 
     api, deadline = Api(server, token), time.monotonic() + timeout
     ends = {"Completed": 0, "RolledBack": ROLLED_BACK, "Held": DENIED, "Superseded": 1}
     found: dict[str, Any] | None = None
+    answered = False
     while True:
         try:
             found = api.get(f"/rollouts/{rollout}")
+            answered = True
         except NotFound:
-            found = None
+            found, answered = None, True
+        except Unreachable:
+            # A service that is started again ends no pipeline; a wrong address does, at once.
+            if not answered or time.monotonic() >= deadline:
+                raise
         if found is not None and release in (None, found["release"]) and found["state"] in ends:
             break
         if time.monotonic() >= deadline:
@@ -153,7 +164,9 @@ def _show_all(found: dict[str, Any]) -> None:
 
     git = found["git"]
     for stop in found["stops"]:
-        print(f"STOPPED {stop['scope']} {stop['value']}: {stop['reason']} ({stop['actor']})")
+        print(
+            f"STOPPED {stop['scope']} {stop['value']}: {quoted(stop['reason'])} ({stop['actor']})"
+        )
     print(f"Git: {git['accepted'] or 'no commit accepted yet'} {git['author']}".rstrip())
     if git["refused"]:
         print(f"Git: {git['refused']}")
@@ -188,7 +201,7 @@ def _show_one(found: dict[str, Any]) -> None:
     for hold in about["holds"]:
         ended = f", lifted by {hold['liftedBy']}" if hold["liftedAt"] else ""
         where = hold["commit"][:12] if hold["commit"] else "not yet in Git"
-        print(f"  hold {hold['id']}: {hold['reason']} ({hold['actor']}, {where}{ended})")
+        print(f"  hold {hold['id']}: {quoted(hold['reason'])} ({hold['actor']}, {where}{ended})")
     for entry in found["decisions"]:
         print(f"  {entry['at']}  {entry['verdict']:<12} {entry['sentence']}")
 

@@ -12,6 +12,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
+from controller.rollout.model import quoted
+
 _STYLE = {
     "Completed": "green",
     "Soaking": "cyan",
@@ -36,7 +38,9 @@ def fleets(found: Mapping[str, Any]) -> RenderableType:
     head.append(f"  {git['author']}", style="dim")
     parts: list[RenderableType] = [head]
     for stop in found["stops"]:
-        said = f"STOPPED {stop['scope']} {stop['value']}: {stop['reason']} ({stop['actor']})"
+        said = (
+            f"STOPPED {stop['scope']} {stop['value']}: {quoted(stop['reason'])} ({stop['actor']})"
+        )
         parts.append(Text(said, style="bold red"))
     if git["refused"]:
         parts.append(Text(f"Git: {git['refused']}", style="bold yellow"))
@@ -67,7 +71,7 @@ def rollout(found: Mapping[str, Any]) -> RenderableType:
         ended = f", lifted by {hold['liftedBy']}" if hold["liftedAt"] else ""
         where = hold["commit"][:12] if hold["commit"] else "not yet in Git"
         style = "dim" if hold["liftedAt"] else "red"
-        said = f"hold {hold['id']}: {hold['reason']} ({hold['actor']}, {where}{ended})"
+        said = f"hold {hold['id']}: {quoted(hold['reason'])} ({hold['actor']}, {where}{ended})"
         tree.add(Text(said, style=style))
     if found["decisions"]:
         latest = tree.add(Text("decisions, newest first", style="dim"))

@@ -32,6 +32,9 @@ _HELP = {
     "resume": "Go on with a paused or inconclusive rollout.",
     "promote": "Pass the pause or the soak of the current step.",
 }
+_STOPPED = (
+    "Which: a product (a label, or a fleet), a hardware, a digest (of a release or an artifact)."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -77,7 +80,7 @@ def _command(kind: str) -> Callable[..., None]:
         database: Database = None,
         output: Format = Output.TABLE,
     ) -> None:
-        body = {"reason": reason, "incident": incident, "to": to, "hold": hold}
+        body = {"reason": _typed(reason), "incident": incident, "to": to, "hold": hold}
         given: dict[str, Any] = {name: value for name, value in body.items() if value}
         if scope := _scope(cohort, step, device, label):
             given["scope"] = scope
@@ -117,8 +120,15 @@ def _scope(
 def stop(
     reason: Annotated[str, typer.Option(help="Why: stands in the audit.")],
     scope: Annotated[str, typer.Option(help="all, product, hardware or digest.")] = "all",
-    value: Annotated[str, typer.Option(help="Which product, hardware or digest.")] = "",
+    value: Annotated[str, typer.Option(help=_STOPPED)] = "",
     end: Annotated[bool, typer.Option("--end", help="End this stop.")] = False,
+    incident: Annotated[str | None, typer.Option(help="As in INC-1.")] = None,
+    break_glass: Annotated[
+        bool, typer.Option("--break-glass", help="--end without the second person; told to all.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would reach; change nothing.")
+    ] = False,
     server: Server = SERVER,
     token: Token = None,
     state_dir: StateDir = None,
@@ -126,14 +136,21 @@ def stop(
     output: Format = Output.TABLE,
 ) -> None:
     """Stop everything in scope: no new activation anywhere. Needs no preview, no Git, no broker."""
-    body: dict[str, Any] = {"scope": scope, "value": value, **({"lift": True} if end else {})}
+    wanted: dict[str, Any] = {"scope": scope, "value": value, **({"lift": True} if end else {})}
+    given = {**wanted, "reason": _typed(reason), **({"incident": incident} if incident else {})}
+    if break_glass:
+        given["breakGlass"] = True
     if state_dir is not None:
-        given = {**body, "reason": reason}
-        _show(_direct("stop", None, given, None, False, state_dir, database), output)
+        _show(_direct("stop", None, given, None, dry_run, state_dir, database), output)
         return
     from controller.cli.client import Api
 
-    _show(Api(server, token).post("/stop", {**body, "reason": reason}), output)
+    _show(Api(server, token).post("/stop", given, dry_run=dry_run), output)
+
+
+def _typed(text: str) -> str:
+    """As it can be sent and stored: bytes of another encoding keep no rollback waiting."""
+    return text.encode(errors="replace").decode()
 
 
 def _remote(
@@ -169,6 +186,8 @@ def _direct(
     engine = open_engine(state_dir, database)
     rest = {k: v for k, v in body.items() if k not in ("reason", "incident", "breakGlass")}
     try:
+        if dry_run and rollout is None:
+            return commands.preview_stop(engine, rest)
         if dry_run and rollout is not None:
             return _preview(engine, kind, rollout, rest, state_dir, database)
         recorded = commands.record(

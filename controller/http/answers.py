@@ -235,12 +235,12 @@ class Evidence(Answer):
 
 
 class AuditRow(Answer):
-    seq: int
-    at: str
-    actor: str
-    action: str
-    subject: str
-    detail: dict[str, Any]
+    seq: int = Field(examples=[4182])
+    at: str = Field(examples=["2026-11-24T02:14:05.120Z"])
+    actor: str = Field(examples=["ann"])
+    action: str = Field(examples=["rollback"])
+    subject: str = Field(examples=["model-3-eu-autopilot"])
+    detail: dict[str, Any] = Field(examples=[{"reason": "disengagements up", "incident": "INC-7"}])
     previous: str
     hash: str
 
@@ -378,23 +378,39 @@ class Voted(Answer):
 
 
 class Registered(Answer):
-    items: list[dict[str, Any]]
-    warnings: list[str]
+    items: list[dict[str, Any]] = Field(
+        examples=[
+            [
+                {
+                    "device": "car-0001",
+                    "token": "bwe_F2R6DnZbFX3a6b35cogBSoi07pskYaWc6bcIPeXPuBA",
+                    "expiresAt": "2026-11-25T02:14:05.120Z",
+                }
+            ]
+        ]
+    )
+    warnings: list[str] = Field(
+        examples=[["car-0001: its labels do not match the selector of fleet model-3-eu"]]
+    )
 
 
 class Enrolled(Answer):
-    device: str
-    fleet: str
-    broker: dict[str, str | None]
-    keys: list[dict[str, str]]
-    server: str
+    device: str = Field(examples=["car-0001"])
+    fleet: str = Field(examples=["model-3-eu"])
+    broker: dict[str, str | None] = Field(
+        examples=[{"url": "mqtts://mqtt.example.com:8883", "username": "car-0001", "password": "…"}]
+    )
+    keys: list[dict[str, str]] = Field(
+        description="The director's: what the device pins", examples=[[{"keyid": "…"}]]
+    )
+    server: str = Field(examples=["https://bellwether.example.com"])
 
 
 class DeviceChanged(Answer):
-    device: str
-    fleet: str
-    status: str
-    labels: dict[str, str]
+    device: str = Field(examples=["car-0001"])
+    fleet: str = Field(examples=["model-3-eu"])
+    status: str = Field(examples=["quarantined"])
+    labels: dict[str, str] = Field(examples=[{"hardware": "hw3"}])
 
 
 class Published(Answer):
@@ -403,5 +419,19 @@ class Published(Answer):
     document: dict[str, Any]
 
 
+class PlanAnswer(Answer):
+    """What a commit would do; `rollouts` with their steps, gates and who is left out."""
+
+    digest: str = Field(description="One digest, one plan", examples=[DIGEST])
+    summary: str = Field(examples=["Plan: 1 opens, 2 edited."])
+    changes: bool
+    errors: list[str] = Field(examples=[[]])
+    notices: list[str] = Field(examples=[[]])
+    rollouts: list[dict[str, Any]]
+    acts: list[dict[str, Any]]
+    text: str = Field(description="for a terminal")
+    markdown: str = Field(description="for the pull request; its first line is the sticky id")
+
+
 class State(Answer):
-    state: str
+    state: str = Field(examples=["ready"])

@@ -25,3 +25,14 @@ def key(text: str | None) -> str:
             400, "cursor: not one of ours; begin again without it", pointer="query/cursor"
         )
     return plain[2:]
+
+
+def number(text: str | None) -> int | None:
+    """The same for a list in the order of its numbers; None for none."""
+    plain = key(text)
+    if not plain:
+        return None
+    # Only digits of ASCII: `²` is a digit too, and no number. 15 of them fit into any column.
+    if not (plain.isascii() and plain.isdigit() and len(plain) < 16):
+        raise Problem(400, "cursor: not one of this list", pointer="query/cursor")
+    return int(plain)

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from pydantic import Field, StringConstraints
 
+from controller.http import answers
 from controller.http.access import Principal, Right, must_everywhere, needs
 from controller.http.bodies import Body
+from controller.http.contract import says
 from controller.http.ports import Given
 from controller.http.problems import Problem
 from controller.planner import Tree, against_fleet
@@ -24,9 +26,15 @@ _Path = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 class Side(Body):
     """A revision with its manifests: path → text."""
 
-    revision: Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = ""
-    commit: Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")] = ""
-    files: Annotated[dict[_Path, str], Field(max_length=20_000)] = Field(default_factory=dict)
+    revision: Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")] = (
+        Field(default="", examples=["origin/main"])
+    )
+    commit: Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")] = Field(
+        default="", examples=["9c1f2ab"]
+    )
+    files: Annotated[dict[_Path, str], Field(max_length=20_000)] = Field(
+        default_factory=dict, examples=[{"rollout.yaml": "apiVersion: bellwether.dev/v1\n…"}]
+    )
 
 
 class Wanted(Body):
@@ -34,7 +42,7 @@ class Wanted(Body):
     head: Side
 
 
-@router.post("/plan")
+@router.post("/plan", **says(answers.PlanAnswer))
 def plan(body: Wanted, deps: Given, who: Viewer) -> dict[str, Any]:
     """Devices by step, who is left out and why, downloads, earliest end, what gates can prove."""
     must_everywhere(who, Right.VIEW, "a plan tells of all of them")

@@ -131,6 +131,8 @@ def _invalid(_: Request, error: Exception) -> JSONResponse:
         source, *path = (str(part) for part in fault["loc"])
         pointer = "/" + "/".join(p.replace("~", "~0").replace("/", "~1") for p in path)
         message = str(fault["msg"])
+        if fault["type"] == "json_invalid":  # its place is a character, and no part of the body
+            pointer, message = "", f"no JSON: {fault['ctx']['error']} at character {path[0]}"
         if fault["type"] == "extra_forbidden":
             message = "unknown field"
             hint = hint or _nearest(path[-1] if path else "")
@@ -141,7 +143,8 @@ def _invalid(_: Request, error: Exception) -> JSONResponse:
             }
         )
     first = errors[0] if errors else {"pointer": "", "detail": "not valid"}
-    return answer(422, f"{first['pointer']}: {first['detail']}"[:600], errors[:50], hint=hint)
+    said = f"{first['pointer']}: {first['detail']}" if first["pointer"] else first["detail"]
+    return answer(422, said[:600], errors[:50], hint=hint)
 
 
 def _nearest(name: str) -> str:

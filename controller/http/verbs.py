@@ -69,7 +69,7 @@ def does(status: int) -> dict[str, Any]:
 
 
 STOPS = frozenset({"rollback", "hold", "pause"})
-_ETAG = re.compile(r'(?:W/)?"(\d{1,15})"')
+_ETAG = re.compile(r'(?:W/)?"(\d{1,15})"', re.ASCII)
 
 
 @router.post("/rollouts/{rollout}:rollback", **does(202))
@@ -296,10 +296,12 @@ def _seen_revision(request: Request, body: bodies.Verb, current: int) -> int | N
         return body.if_revision
     if header.strip() == "*":
         return body.if_revision
-    match = _ETAG.fullmatch(header.strip())
-    if match is None:
+    # RFC 9110: a list of what the asker would take; one of them must be the current one.
+    seen = [_ETAG.fullmatch(tag.strip()) for tag in header.split(",")]
+    known = [int(match[1]) for match in seen if match is not None]
+    if not known:
         raise Problem(412, f"If-Match {header[:40]!r} is no revision of a rollout; it is {current}")
-    return int(match[1])
+    return current if current in known else known[-1]
 
 
 def _recorded(recorded: commands.Recorded) -> Plain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from controller.audit import FIRST, digest
+from controller.audit import FIRST, intact
 from controller.facts import Finding, Look
 
 
@@ -16,7 +16,7 @@ def chain(look: Look) -> Iterator[Finding]:
             yield _chain(f"rows {seq + 1} to {row['seq'] - 1} are missing")
         if row["previous"] != previous:
             yield _chain(f"row {row['seq']} does not follow the row before it")
-        if digest(row) != row["hash"]:
+        if not intact(row):
             yield _chain(f"row {row['seq']} was changed")
         previous, seq = row["hash"], row["seq"]
 

@@ -36,6 +36,7 @@ def _stopped(stop: Row, device: Row, rollout: Row) -> bool:
         case "hardware":
             return bool(labels.get("hardware", "") == stop["value"])
         case "digest":
-            return stop["value"] in rollout["artifacts"].values()
+            return stop["value"] in {rollout["digest"], *rollout["artifacts"].values()}
         case _:
-            return bool(labels.get("product", device["fleet"]) == stop["value"])
+            label = rollout["pinned"].get("fleet", {}).get("labels", {}).get("product")
+            return stop["value"] in (labels.get("product"), device["fleet"], label)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic.alias_generators import to_camel
 
 from controller.manifests import scalars
+from controller.people import are_several
 from device_agent.protocol import DIGEST, ID
 from telemetry.policy import Policy, ScoreSpec
 
@@ -424,7 +425,7 @@ class Urgency(Model):
 
     @model_validator(mode="after")
     def _two_people(self) -> Urgency:
-        if self.recall and len({name.strip().casefold() for name in self.approved_by}) < 2:
+        if self.recall and not are_several(self.approved_by):
             raise ValueError("approvedBy: a recall takes two different people")
         _moment(self.expires)
         return self

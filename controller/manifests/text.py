@@ -26,6 +26,8 @@ _SCALAR_TAGS = frozenset(
 )
 
 _BRACKET = re.compile(r"[\[\]{}]")
+# All but tab and line feed. Those above 0x7f are taken: reasons, and so files of holds, had them.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 Place = tuple[int, int]  # line and column, from 1
 
@@ -140,7 +142,7 @@ def _mapping(
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise _Refused(key_node, "a key must be plain text", path)
-        key = key_node.value
+        key = _writable(key_node, path)
         if key in table:
             raise _Refused(key_node, f"{key!r} is written twice", (*path, key))
         if key == "<<":
@@ -157,7 +159,18 @@ def _scalar(node: Any, path: tuple[str | int, ...]) -> str:
     # The loader resolves `10.10` to a float tag but keeps the text: the text is what counts.
     if node.tag not in _SCALAR_TAGS:
         raise _Refused(node, f"tags ({node.tag}) are not allowed", path)
-    return str(node.value)
+    return _writable(node, path)
+
+
+def _writable(node: Any, path: tuple[str | int, ...]) -> str:
+    """The text, when it may stand in a database, on a page and in a terminal.
+
+    YAML itself refuses a control character that is written; `"\\0"` and `"\\e"` are its escapes.
+    """
+    text = str(node.value)
+    if found := CONTROL.search(text):
+        raise _Refused(node, f"the control character {found.group()!a} is not allowed", path)
+    return text
 
 
 def _too_deep(text: str) -> Fault | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from controller.manifests.kinds import Hold
 from controller.manifests.reader import Manifests
-from controller.rollout.model import ActiveHold
+from controller.rollout.model import ActiveHold, quoted
 from controller.rollout.world import World
 
 
@@ -47,7 +47,7 @@ def _active(hold: Hold, world: World, manifests: Manifests) -> ActiveHold:
     return ActiveHold(
         id=hold.id, rollout=hold.rollout, fleet=fleet, release=hold.rejects_release,
         digest=hold.rejects_digest, artifacts=frozenset(artifacts - proven or artifacts),
-        to=hold.to, reason=hold.reason, actor=hold.actor, created_at=world.hearing,
+        to=hold.to, reason=quoted(hold.reason), actor=hold.actor, created_at=world.hearing,
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def added(world: World, before: Manifests, after: Manifests) -> Iterator[Act]:
             id=hold.id,
             devices=n,
             sentence=f"{hold.rejects_release} is rejected in {active.fleet or hold.rollout}: "
-            f"{n} devices that have it {verb} — {hold.reason}",
+            f"{n} devices that have it {verb} — {quoted(hold.reason)}",
         )
     for lift in sorted(after.lifts.values(), key=lambda item: item.id):
         if lift.id not in before.lifts:
@@ -71,7 +71,8 @@ def added(world: World, before: Manifests, after: Manifests) -> Iterator[Act]:
                 kind="Lift",
                 id=lift.id,
                 devices=0,
-                sentence=f"hold {lift.hold} ends: its digest may be tried again — {lift.reason}",
+                sentence=f"hold {lift.hold} ends: its digest may be tried again — "
+                f"{quoted(lift.reason)}",
             )
 
 

@@ -99,14 +99,3 @@ def granted(world: World, rollout: Rollout, now: float) -> Rollout | None:
         updated_at=now,
         flags={**flags, "approved_by": by},
     )
-
-
-def same_person(one: str, other: str) -> bool:
-    """`Ann <ann@example.com>`, `ann@example.com` and `Ann` are one person."""
-    return not _names(one).isdisjoint(_names(other))
-
-
-def _names(text: str) -> set[str]:
-    name, _, rest = text.partition("<")
-    found = {part.strip().casefold() for part in (text, name, rest.rstrip("> "))}
-    return found - {""}

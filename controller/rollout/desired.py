@@ -23,7 +23,7 @@ the device's own safety.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -427,16 +427,14 @@ def _by_stops(place: Place, component: str, wanted: Told | None, now: float) -> 
     return Told(release=running.release, digest=running.digest, at=now, rollout=None)
 
 
-def stopped(device: Device, digests: Iterable[str], stops: Sequence[ActiveStop]) -> bool:
-    """Is a new activation of these digests on this device within a stop?"""
-    wanted = set(digests)
-    return any(
-        stop.scope == "all"
-        or (stop.scope == "hardware" and device.hardware == stop.value)
-        or (stop.scope == "digest" and stop.value in wanted)
-        or (stop.scope == "product" and device.labels.get("product", device.fleet) == stop.value)
-        for stop in stops
-    )
+def stopped(
+    device: Device,
+    digests: Collection[str],
+    stops: Sequence[ActiveStop],
+    product: str | None = None,
+) -> bool:
+    """Is a new activation of these digests on this device within a stop? `product`: its fleet's."""
+    return any(stop.covers(device, digests, product) for stop in stops)
 
 
 def _by_requirements(

@@ -30,6 +30,7 @@ from controller.rollout.world import Action, Change, Decision, Look, Prove, Reje
 if TYPE_CHECKING:
     from controller.rollout.muster import Muster
 
+BY_POLICY = "policy (UNPROVEN, proceed)"  # who passed a step that `proceed` passed
 SOAK_GRAIN = 0.25  # seconds: soak is written no finer than this
 LOOKS = 48  # kept of the evidence while a step soaks
 COARSEST = 10.0  # seconds: nor coarser, however long the step
@@ -199,8 +200,10 @@ def _pass(
 ) -> Iterator[Action]:
     promoted = rollout.flags.get("promoted") == rollout.step
     last = rollout.step == len(pinned.waves) - 1
-    if wave.step.pause is not None and not promoted and not last:
-        yield from _pause(rollout, wave, judgement, now)
+    # The policy may pass a step unproven; that a person wants to look first stays as it was.
+    by_policy = promoted and rollout.flags.get("promoted_by") == BY_POLICY
+    if wave.step.pause is not None and not last and (by_policy or not promoted):
+        yield from _pause(rollout, wave, judgement, "UNPROVEN" if by_policy else "proven", now)
         return
     sentence = _passed_sentence(rollout, wave, seen, judgement, promoted)
     yield Decision(
@@ -246,8 +249,10 @@ def _passed_sentence(
     return f"COMPLETED — {wave.name}: {seen.words()}; not proven at this size: {judgement.sentence}"
 
 
-def _pause(rollout: Rollout, wave: Wave, judgement: Judgement, now: float) -> Iterator[Action]:
-    sentence = f"PAUSED — {wave.name} is proven, the step waits for `promote`; {judgement.sentence}"
+def _pause(
+    rollout: Rollout, wave: Wave, judgement: Judgement, how: str, now: float
+) -> Iterator[Action]:
+    sentence = f"PAUSED — {wave.name} is {how}, the step waits for `promote`; {judgement.sentence}"
     yield Change(
         rollout=replace(
             rollout,
@@ -428,7 +433,7 @@ def _inconclusive(
         flags = {
             **rollout.flags,
             "promoted": rollout.step,
-            "promoted_by": "policy (UNPROVEN, proceed)",
+            "promoted_by": BY_POLICY,
         }
         return rollout.state, [Change(rollout=replace(rollout, flags=flags, updated_at=now))]
     return RolloutState.INCONCLUSIVE, []

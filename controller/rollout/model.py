@@ -6,10 +6,22 @@ Only data and the few predicates that every rule shares. Times are Unix seconds;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+# What turns the direction of writing around, to the end of its paragraph.
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def quoted(text: str) -> str:
+    """A person's words within a sentence of ours: one line, after which ours goes on as before.
+
+    A reason may have paragraphs; a second line of it must not read as our next one.
+    """
+    return " ".join(_TURNS.sub("", text).split())
 
 
 class RolloutState(StrEnum):
@@ -162,6 +174,24 @@ class ActiveStop:
     value: str
     reason: str
     actor: str
+    artifacts: frozenset[str] = frozenset()  # of the release that has this digest
+    fleets: frozenset[str] = frozenset()  # that are labelled as this product
+
+    def covers(self, device: Device, digests: Collection[str], product: str | None = None) -> bool:
+        """Is a new activation of these on this device in its scope? `product`: its fleet's label.
+
+        A product is meant by its label, on the device or on its fleet, or by the fleet's name:
+        what is stopped too widely is set free by a word, what went on is not called back.
+        """
+        match self.scope:
+            case "all":
+                return True
+            case "hardware":
+                return device.hardware == self.value
+            case "digest":
+                return self.value in digests or not self.artifacts.isdisjoint(digests)
+        named = self.value in (device.labels.get("product"), device.fleet, product)
+        return named or device.fleet in self.fleets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

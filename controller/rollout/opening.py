@@ -30,6 +30,7 @@ from controller.rollout.model import (
     MemberState,
     Rollout,
     RolloutState,
+    quoted,
 )
 from controller.rollout.waves import Pinned, pin
 from controller.rollout.world import Action, Change, Decision, Head, Notice, Open, Put, World
@@ -166,7 +167,8 @@ def _open(
     sentence = f"OPENED — {release.name} for {fleet.name}: {len(pinned.waves)} steps"
     if urgent and wanted.urgency is not None:
         people = " and ".join(wanted.urgency.approved_by)
-        sentence = f"RECALL — {release.name} for {fleet.name}: {wanted.urgency.reason}; by {people}"
+        why = quoted(wanted.urgency.reason)
+        sentence = f"RECALL — {release.name} for {fleet.name}: {why}; by {people}"
     awaits = approval.needed(world, head, fleet, pinned.to_json(), wanted.name, urgent=urgent)
     if awaits is not None:
         state = RolloutState.PENDING

@@ -28,10 +28,11 @@ from controller.rollout.acts import Act
 from controller.rollout.desired import Catalog
 from controller.rollout.differences import Difference, differences
 from controller.rollout.left_out import LeftOut, left_out
-from controller.rollout.model import Rollout, RolloutState
+from controller.rollout.model import Rollout, RolloutState, quoted
 from controller.rollout.planned_steps import (
     PLANNED,
     PlannedStep,
+    download,
     drawn_by_step,
     planned,
     unmeasured,
@@ -62,6 +63,7 @@ class Planned:
     after: str = ""
     steps: tuple[PlannedStep, ...] = ()
     returning: int = 0  # have run it in health: they go back to it at once
+    returning_download: int = 0  # bytes, at most: less where the other slot still holds it
     left_out: tuple[LeftOut, ...] = ()
     fleet_size: int = 0
     download: int = 0  # bytes, all steps
@@ -272,10 +274,12 @@ def _drawn(
     devices = [d for d in world.devices.values() if d.fleet == rollout.fleet]
     reached = {m.device for wave in drawn for m in wave.exposed}
     returning = {m.device for wave in drawn for m in wave.returning}
+    back = (download(world, pinned.release, world.devices[name]) for name in returning)
     return replace(
         base,
         steps=steps,
         returning=len(returning),
+        returning_download=sum(back),
         fleet_size=len(devices),
         left_out=tuple(left_out(world, rollout, pinned, devices, reached | returning)),
         download=sum(step.download for step in steps),
@@ -295,11 +299,11 @@ def _notes(pinned: Pinned, running: Rollout | None) -> Iterator[str]:
     if not rule.possible:
         yield (
             "ONE-WAY: the release cannot be rolled back"
-            + (f" ({rule.reason})" if rule.reason else "")
+            + (f" ({quoted(rule.reason)})" if rule.reason else "")
             + "; a bad verdict stops it and pages a person"
         )
     elif rule.data_loss:
-        yield "rolling it back loses data" + (f": {rule.reason}" if rule.reason else "")
+        yield "rolling it back loses data" + (f": {quoted(rule.reason)}" if rule.reason else "")
     fixes = next((wave.fixes for wave in pinned.waves if wave.fixes), None)
     if fixes:
         yield f"fixes {fixes}: first to devices that ran it, half of them as control"
@@ -309,7 +313,7 @@ def _notes(pinned: Pinned, running: Rollout | None) -> Iterator[str]:
             "the normal steps begin at once"
         )
     if pinned.rollout.urgency is not None and pinned.rollout.urgency.level == "recall":
-        yield f"RECALL: {pinned.rollout.urgency.reason}"
+        yield f"RECALL: {quoted(pinned.rollout.urgency.reason)}"
 
 
 def _refused(

@@ -120,11 +120,11 @@ def _markdown_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
     if rollout.differs:
         yield ""
         yield from (f"- {_escape(str(each))}" for each in rollout.differs)
-    if rollout.steps:
+    if _told_by_step(rollout, measured):
         yield from _markdown_steps(rollout, measured)
     for line in _facts(rollout):
         yield f"- {_escape(line)}"
-    for i, step in enumerate(rollout.steps, 1):
+    for i, step in enumerate(_told_by_step(rollout, measured), 1):
         lines = _says(step)
         if lines:
             flag = "" if step.conclusive else " ⚠️"
@@ -184,7 +184,7 @@ def _plain_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
     yield from (f"      {each}" for each in rollout.differs)
     if rollout.steps and rollout.effect is Effect.EDITED:
         yield f"      {_rehearsal(rollout)}"
-    for i, step in enumerate(rollout.steps, 1):
+    for i, step in enumerate(_told_by_step(rollout, measured), 1):
         person = f", then waits for {step.waits_for}" if step.waits_for else ""
         if not measured:
             yield f"      step {i}  {step.name}: soak {span(step.soak)}{person}"
@@ -196,7 +196,7 @@ def _plain_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
         )
         for line in _says(step):
             yield f"                {line}"
-    if measured and rollout.steps:
+    if measured and _told_by_step(rollout, measured):
         yield f"      {_total(rollout)}"
     for line in _facts(rollout):
         yield f"      {line}"
@@ -204,6 +204,12 @@ def _plain_rollout(rollout: Planned, measured: bool) -> Iterator[str]:
 
 
 # -- words both share -----------------------------------------------------------------------------
+
+
+def _told_by_step(rollout: Planned, measured: bool) -> tuple[PlannedStep, ...]:
+    """The steps, unless all go back at once: a table of noughts says nothing more."""
+    nobody = measured and not any(step.devices for step in rollout.steps)
+    return () if nobody and rollout.returning else rollout.steps
 
 
 def _total(rollout: Planned) -> str:
@@ -227,7 +233,8 @@ def _facts(rollout: Planned) -> Iterator[str]:
     if rollout.returning:
         yield (
             f"{rollout.returning:,} devices have run {rollout.after} in health: they go back to "
-            "it at once, without steps"
+            f"it at once, without steps; at most {size(rollout.returning_download)} to download, "
+            "nothing where the other slot still holds it"
         )
     yield from rollout.notes
     for left in rollout.left_out:

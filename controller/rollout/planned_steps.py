@@ -121,7 +121,7 @@ def planned(
             devices=len(devices),
             control=len(each.control),
             unheard=sum(not reachable(world, d.id, limit, now) for d in devices),
-            download=sum(_bytes(world, pinned.release, d) for d in devices),
+            download=sum(download(world, pinned.release, d) for d in devices),
             begins=begins,
             ends=ends,
             soak=wave.step.soak.total_seconds(),
@@ -200,7 +200,8 @@ def unmeasured(wave: Wave, now: float) -> PlannedStep:
     )  # fmt: skip
 
 
-def _bytes(world: World, release: Release, device: Device) -> int:
+def download(world: World, release: Release, device: Device) -> int:
+    """Bytes of what it does not run yet."""
     row = world.seen.get(device.id)
     running = {c: report.digest for c, report in row.components.items()} if row else {}
     return sum(

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from controller.manifests.kinds import Selector
 from controller.rollout.model import ActiveHold, Arm, Device, Member, MemberState, Rollout
-from controller.rollout.waves import Pinned
+from controller.rollout.waves import RAMPS, Pinned
 from controller.rollout.world import World
 from device_agent.protocol import ID
 
@@ -89,6 +89,22 @@ def covers(
         case ("devices", names):
             return device.id in names
     return True
+
+
+def empty(scope: Mapping[str, Any], pinned: Mapping[str, Any]) -> str:
+    """Why nobody can ever be in this scope, by what the rollout pinned; empty: somebody may be.
+
+    A selector is not asked: it may be meant for devices that are still to come.
+    """
+    cohorts = [str(cohort["name"]) for cohort in pinned.get("fleet", {}).get("cohorts", ())]
+    steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
+    waves = len(RAMPS) if pinned.get("recall") else len(steps) + bool(pinned.get("fixes"))
+    match next(iter(scope.items()), ("all", True)):
+        case ("cohort", name) if cohorts and name not in cohorts:
+            return f"the fleet has no cohort {name}: {', '.join(cohorts)}"
+        case ("step", number) if waves and int(number) >= waves:
+            return f"it has no step {int(number) + 1}: its last one is step {waves}"
+    return ""
 
 
 def named(scope: Mapping[str, Any]) -> bool:

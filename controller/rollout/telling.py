@@ -104,7 +104,10 @@ def waits(
     `others`: the ids of the other active rollouts.
     """
     device, row = world.devices[member.device], world.seen[member.device]
-    if stopped(device, rollout.artifacts.values(), world.stops):
+    # By what is pinned: a stop may be older than this release, and than its fleet's label.
+    brings = {rollout.digest, *rollout.artifacts.values()}
+    product = pinned.fleet.labels.get("product")
+    if stopped(device, brings, world.stops, product):
         return "stopped"
     closed = windows.closed(pinned.rollout.windows, device, now)
     if closed:

@@ -15,6 +15,7 @@ from controller.rollout import scope, withholding
 from controller.rollout.model import ActiveHold, Device
 from controller.rollout.waves import Pinned
 from controller.store import rollouts as store
+from controller.store import stops as stop_rows
 from device_agent.protocol import Kind
 from telemetry.report import DeviceRow, TelemetryReader
 
@@ -31,7 +32,7 @@ def order(conn: Connection, device: Row[Any], reader: TelemetryReader) -> bytes 
         return None  # by a backup: a hold that it does not know may stand in Git
     known = Device(id=device.id, fleet=device.fleet, labels=device.labels, status=device.status)
     holds = [h for h in store.load_holds(conn)[0] if _bears_on(conn, h, known, last.digests)]
-    stops = store.load_stops(conn)
+    stops = stop_rows.load(conn)
     if not holds and not stops:
         return body
     row = _last_word(reader, known.id)

@@ -30,7 +30,6 @@ from sqlalchemy import (
 from controller.rollout.model import (
     ACTIVE,
     ActiveHold,
-    ActiveStop,
     Arm,
     Device,
     Draw,
@@ -41,6 +40,7 @@ from controller.rollout.model import (
     Rollout,
     RolloutState,
     Told,
+    quoted,
 )
 from controller.rollout.world import Command
 from controller.store.lease import Fenced as Fenced
@@ -71,7 +71,6 @@ _DEVICES = Prepared(
     select(devices).where(devices.c.change > bindparam("since")).order_by(devices.c.change)
 )
 _HOLDS = Prepared(select(holds).order_by(holds.c.created_at, holds.c.id))
-_STOPS = Prepared(select(stops).where(stops.c.lifted_at.is_(None)).order_by(stops.c.id))
 _IN_FORCE = Prepared(
     union_all(
         select(holds.c.id).where(holds.c.lifted_at.is_(None)),
@@ -227,7 +226,7 @@ def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
             digest=row.digest,
             artifacts=frozenset(row.artifacts),
             to=row.to,
-            reason=row.reason,
+            reason=quoted(row.reason),
             actor=row.actor,
             created_at=row.created_at,
             scope=row.scope or {"all": True},
@@ -236,14 +235,6 @@ def load_holds(conn: Connection) -> tuple[list[ActiveHold], frozenset[str]]:
         if row.lifted_at is None
     ]
     return active, frozenset(row.digest for row in rows)
-
-
-def load_stops(conn: Connection) -> list[ActiveStop]:
-    rows = _STOPS.all(conn)
-    return [
-        ActiveStop(id=row.id, scope=row.scope, value=row.value, reason=row.reason, actor=row.actor)
-        for row in rows
-    ]
 
 
 def in_force(conn: Connection) -> frozenset[str]:
@@ -261,7 +252,7 @@ def load_commands(conn: Connection) -> list[Command]:
             rollout=row.rollout,
             body=row.body,
             actor=row.actor,
-            reason=row.reason,
+            reason=quoted(row.reason),
             at=row.at,
         )
         for row in rows

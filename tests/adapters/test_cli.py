@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,35 @@ def test_a_rollback_without_the_api_writes_the_same_command(state: Path) -> None
     assert kinds == ["rollback", "stop"]
 
 
+def test_a_reason_is_held_to_the_same_with_and_without_the_api(server: str, state: Path) -> None:
+    """What it becomes, a hold's file in Git, must be readable: after a wipe it is all there is."""
+    for where in (("--server", server), ("--state-dir", str(state))):
+        for wrong in ("\x1b[31mred", "x" * 2001):
+            done = run("rollback", "cars", "--reason", wrong, *where)
+            assert done.returncode == 1, (where, done.stderr)
+            assert "reason" in done.stderr
+            assert "Traceback" not in done.stderr
+        latin = b"gepr\xfcft".decode(errors="surrogateescape")
+        assert run("stop", "--reason", latin, *where).returncode == 0
+    assert _holds(state) == []
+
+
+def test_a_stop_is_previewed_and_ended_with_and_without_the_api(server: str, state: Path) -> None:
+    for where in (("--server", server), ("--state-dir", str(state))):
+        words = ("stop", "--scope", "digest", "--value", "sha256:" + "b" * 64, "--reason", "x")
+        shown = run(*words, "--dry-run", "-o", "json", *where)
+        assert [one["name"] for one in json.loads(shown.stdout)["rollouts"]] == ["cars"]
+        assert run(*words, "--end", *where).returncode == 1  # nothing was stopped yet
+        done = run(*words, "--incident", "INC-7", *where)
+        assert done.returncode == 0, done.stderr
+        assert run(*words, "--end", "--break-glass", *where).returncode == 0
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with reading(engine) as conn:
+        kept = conn.execute(select(commands.c.incident).order_by(commands.c.id)).scalars().all()
+    engine.dispose()
+    assert sorted(map(str, kept)) == ["INC-7", "INC-7", "None", "None"]
+
+
 def test_a_part_of_the_fleet_is_named_by_one_option(server: str, state: Path) -> None:
     wrong = run("hold", "cars", "--reason", "x", "--cohort", "a", "--step", "1", "--server", server)
     assert wrong.returncode == 2
@@ -167,6 +197,11 @@ def test_a_part_of_the_fleet_is_named_by_one_option(server: str, state: Path) ->
                "--server", server)  # fmt: skip
     selector = json.loads(seen.stdout)["scope"]["selector"]
     assert selector["matchLabels"] == {"hardware": "hw4"}
+    for name in ("car-1", "car-2"):
+        run("device", "enrol", name, "--fleet", "eu", "--server", server)
+    slip = run("rollback", "cars", "--reason", "x", "--device", "car-l", "--state-dir", str(state))
+    assert slip.returncode == 1
+    assert "fleet eu has no device car-l" in slip.stderr
     done = run("rollback", "cars", "--reason", "two burn", "--device", "car-1", "--device", "car-2",
                "--state-dir", str(state))  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -221,6 +256,36 @@ def test_wait_tells_the_end_by_its_exit_code(server: str) -> None:
         assert ended.returncode == code, (name, ended.stderr)
 
 
+def test_wait_outlives_a_service_that_is_started_again() -> None:
+    """Two answers of a rollout under way, a restart, then its end."""
+    soaking = json.dumps(_told("Soaking")).encode()
+    answers = [(200, soaking), (503, b"{}"), (200, json.dumps(_told("Completed")).encode())]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            code, body = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as service:
+        thread = threading.Thread(target=service.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{service.server_port}"
+        ended = run("wait", "cars", "--timeout", "20", "--interval", "0.1", "--server", url)
+        service.shutdown()
+        thread.join()
+    assert ended.returncode == 0, ended.stderr
+    wrong = run("wait", "cars", "--timeout", "20", "--server", "http://127.0.0.1:1")
+    assert wrong.returncode == 1
+
+
+def _told(state: str) -> dict[str, str]:
+    return {"name": "cars", "release": "fsd-2", "state": state, "sentence": "so"}
+
+
 def test_explain_and_export_show_the_decision(server: str, tmp_path: Path) -> None:
     assert "WAIT — 3 of 10" in run("explain", "cars", "--server", server).stdout
     assert '"n": 3' in run("explain", "e" * 26, "--server", server).stdout
@@ -267,6 +332,26 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     assert run("rollback", "x", "--state-dir", str(tmp_path / "no")).returncode == 2
     assert run("status", "--server", "nonsense").returncode == 1
     assert run("no-such-command").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "then"),
+    [
+        ("device show nobody", 1, "bellwether device list"),
+        ("device retire nobody --reason x", 1, "bellwether device list"),
+        ("status nothing", 1, "bellwether status"),
+        ("approve nothing", 1, "bellwether approvals"),
+        ("resume cars", 1, "bellwether status"),
+        ("rollback back --reason x", 1, "bellwether status"),
+        ("rollback cars --reason x --if-revision 3", 1, "bellwether status"),
+        ("lift cars --reason x", 1, "bellwether status"),
+        ("status --token wrong", 6, "bellwether token create"),
+    ],
+)
+def test_a_refusal_names_the_next_command(server: str, command: str, code: int, then: str) -> None:
+    done = run(*command.split(), BELLWETHER_SERVER=server)
+    assert done.returncode == code, done.stderr
+    assert f"`{then}" in done.stderr
 
 
 def test_a_database_that_is_away_is_no_traceback(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from jsonschema import Draft202012Validator
 from schemathesis import Case
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -72,6 +73,36 @@ def test_every_operation_documents_its_refusals(house: House) -> None:
             assert {"400", "429", "500", "503"} <= set(operation["responses"]), (method, path)
             if "{" in path:
                 assert "404" in operation["responses"], (method, path)
+
+
+def _shown(document: Any, schema: Any, seen: tuple[str, ...] = ()) -> Iterator[Any]:
+    """(example, schema) of everything in this schema."""
+    if (ref := schema.get("$ref", "")) and ref not in seen:
+        yield from _shown(
+            document, document["components"]["schemas"][ref.split("/")[-1]], (*seen, ref)
+        )
+    for example in schema.get("examples", ()):
+        yield example, schema
+    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
+    for part in [*inner, *([schema["items"]] if isinstance(schema.get("items"), dict) else [])]:
+        yield from _shown(document, part, seen)
+
+
+def test_every_body_and_every_json_answer_has_an_example_that_fits_it(house: House) -> None:
+    document = house.client.get("/api/v1/openapi.json").json()
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            bodies = [operation.get("requestBody", {}).get("content", {})]
+            bodies += [a.get("content", {}) for c, a in operation["responses"].items() if c < "300"]
+            for content in bodies:
+                schema = content.get("application/json", {}).get("schema", {})
+                if not schema or schema == {"type": "object"}:
+                    continue  # a signed order, a signed file: `schema MESSAGE` tells them
+                examples = list(_shown(document, schema))
+                assert examples, (method, path)
+                for example, of in examples:
+                    whole = {**of, "components": document["components"]}
+                    Draft202012Validator(whole).validate(example)
 
 
 def test_a_method_that_a_path_does_not_take_is_405_and_names_those_that_it_does(

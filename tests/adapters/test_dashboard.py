@@ -16,6 +16,7 @@ from sqlalchemy import Engine, func, insert, select, update
 from starlette.testclient import TestClient
 
 from bench import estate
+from controller.http import paging
 from controller.http.app import create_app
 from controller.http.dashboard import rendering
 from controller.http.dashboard.census import Census
@@ -145,6 +146,20 @@ def test_hostile_queries_are_refused_or_empty(house: Any) -> None:
             status = house.client.get(f"{path}?{query}", headers=HTML).status_code
             assert status in (200, 400, 422), (path, query)
     assert house.client.get("/devices?q=%F0%9F%91%BB'--&status=x", headers=HTML).status_code == 200
+
+
+@pytest.mark.parametrize("digits", ["²", "٣", "9" * 200, "-1", "1.5", ""])
+def test_digits_that_are_no_number_are_refused(house: Any, digits: str) -> None:
+    """`²`.isdigit() is true, and a number of 200 digits fits into no column: both were a 500."""
+    house.add_rollout()
+    dialog = "/rollouts/cars/rollback"
+    cursor = paging.cursor(digits) if digits else "MTo"
+    asked = {"/audit": {"cursor": cursor}, dialog: {"scope": f"step:{digits}"}}
+    for path, query in asked.items():
+        status = house.client.get(path, params=query, headers=HTML).status_code
+        assert status in (400, 422) or (not digits and path == "/audit"), path
+    fields = {**form(house.client, dialog), "reason": "x", "revision": digits}
+    assert house.client.post(dialog, data=fields, headers=HTML).status_code == 412
 
 
 def test_static_files_are_ours_and_keep_their_digest(house: Any) -> None:
@@ -388,6 +403,38 @@ def test_one_device_alone_is_rolled_back_from_its_page(house: Any) -> None:
     for scope in ("device:", "device:../x", "device:A", "devices:car-1"):
         refused = house.client.post(path.partition("?")[0], data={**fields, "scope": scope})
         assert refused.status_code == 422, scope
+
+
+def test_a_stop_blocks_the_devices_that_are_in_it_alone(house: Any) -> None:
+    house.add_rollout()
+    house.enrol("car-1")
+    for value, blocks in (("hw9", False), ("eu", True)):
+        scope = "product" if value == "eu" else "hardware"
+        said = {"scope": scope, "value": value, "reason": "smoke"}
+        assert house.client.post("/api/v1/stop", json=said).status_code == 202
+        page = house.client.get("/devices/car-1", headers=HTML).text
+        assert (f"Stop of {scope} {value}" in page.partition("<h2")[2]) == blocks, value
+
+
+def test_a_stop_that_stops_nothing_says_so_on_the_page(house: Any) -> None:
+    house.enrol("car-1")
+    for value, status in (("eu", 303), ("ue", 200)):
+        said = {**form(house.client, "/stop"), "scope": "product", "value": value, "reason": "x"}
+        said.pop("lift", None)
+        done = house.client.post("/stop", data=said, headers=HTML, follow_redirects=False)
+        assert done.status_code == status
+    assert "NOTHING that we know is in it" in done.text
+    assert "In force: product ue" in done.text
+
+
+def test_a_notice_is_one_text_beside_its_sign(house: Any) -> None:
+    """The line is a row of boxes: each `name` in its sentence was a column of its own."""
+    with writing(house.deps.engine) as conn:
+        store.put_meta(conn, "notices", {"cars": "rejected (`x` and `y`): name another"})
+    page = house.client.get("/", headers=HTML).text
+    notice = page.partition('<p class="notice">')[2].partition("</p>")[0]
+    assert notice.rpartition("</svg>")[2].startswith("<span><b>cars</b> rejected (<code>x</code>")
+    assert notice.count("<span>") == 1
 
 
 def test_a_list_is_there_for_programs_page_by_page(house: Any) -> None:

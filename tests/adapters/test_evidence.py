@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, select, text, update
 from typer.testing import CliRunner
 
 from controller import anchors, audit, dossier
@@ -68,6 +68,20 @@ def test_a_whole_chain_is_whole(state: Path) -> None:
     assert f"{ROWS} beside it" in done.output
 
 
+def test_both_databases_are_verified(database_url: str) -> None:
+    engine = open_control(database_url)
+    with writing(engine) as conn:
+        for reason in ("é – \u202e", "x" * 2000, '"quoted" \\ back'):
+            audit.append(
+                conn, at=NOW + 0.1, actor="ann", action="hold", subject="r",
+                detail={"reason": reason, "score": 0.1 + 0.2, "n": 1e22, "none": None},
+            )  # fmt: skip
+        assert audit.verify(conn) == []
+        conn.execute(update(table).where(table.c.seq == 2).values(detail={"reason": "?"}))
+        assert audit.verify(conn) == ["row 2 was changed"]
+    engine.dispose()
+
+
 COLUMNS = {"at": 1.0, "actor": "eve", "action": "lift", "subject": "x", "detail": {"reason": "?"},
            "previous": "0" * 64, "hash": "f" * 64}  # fmt: skip
 
@@ -80,6 +94,17 @@ def test_an_edited_row_is_found(state: Path, column: str, row: int) -> None:
         return  # it is what it was
     done = verify("--state-dir", str(state))
     assert done.exit_code != 0, (column, row)
+
+
+@pytest.mark.parametrize(
+    "detail", ["xyz", "null", '{"reason": NaN}', '{"score": 1e999}', "[" * 5000, '{"reason": "', ""]
+)
+def test_a_row_whose_detail_was_made_unreadable_is_named(state: Path, detail: str) -> None:
+    """It was found by a traceback, which names no row and hides the others."""
+    said = text("UPDATE audit SET detail = :detail WHERE seq IN (4, 7)")
+    changed(state, said.bindparams(detail=detail))
+    found = problems(verify("--state-dir", str(state)))
+    assert "the audit is broken: row 4 was changed; row 7 was changed" in found
 
 
 def test_an_edited_row_with_its_hash_made_right_is_found_by_the_next(state: Path) -> None:

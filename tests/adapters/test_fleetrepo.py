@@ -191,7 +191,7 @@ def test_a_hold_reads_back_as_it_was_said(
     manifests = read(repo.read(repo.fetch().commit)).manifests
     hold = manifests.holds["01hold"]
     assert (hold.reason, hold.actor, hold.rollout, hold.to) == (
-        reason,
+        reason.replace("\x7f", "�"),  # no manifest takes it; an older version took it as a reason
         "eve",
         "cars-app",
         "previous",

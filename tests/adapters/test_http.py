@@ -181,6 +181,21 @@ def test_a_rollback_needs_the_revision_that_was_seen(house: House) -> None:
     assert house.client.get("/api/v1/rollouts/cars").json()["holds"][0]["reason"] == "it brakes"
 
 
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [('"3", "4"', 202), ('"4","9"', 202), ('W/"4"', 202), ('"3", "5"', 412), ('"4", x', 202),
+     ("4", 412), ("x", 412), ('"٤"', 412), ('""', 412)],
+)  # fmt: skip
+def test_one_of_the_revisions_that_are_named_must_be_the_current_one(
+    house: House, header: str, code: int
+) -> None:
+    house.add_rollout()
+    done = house.client.post(
+        "/api/v1/rollouts/cars:pause", json={"reason": "x"}, headers={"If-Match": header.encode()}
+    )
+    assert done.status_code == code, done.text
+
+
 def test_any_revision_will_do_when_the_caller_says_so(house: House) -> None:
     house.add_rollout()
     done = house.client.post(
@@ -279,6 +294,15 @@ def test_hostile_bodies_are_refused(house: House, body: bytes, code: int) -> Non
     assert answer.status_code in (code, 400), answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     assert house.client.get("/api/v1/rollouts/cars").json()["revision"] == 4
+
+
+def test_what_is_no_json_is_told_with_its_place_and_no_pointer(house: House) -> None:
+    answer = house.client.post(
+        "/api/v1/stop", content=b'{"scope": ', headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("no JSON: ")
+    assert answer.json()["errors"][0]["pointer"] == ""
 
 
 def test_an_unknown_field_is_named(house: House) -> None:

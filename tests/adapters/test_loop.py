@@ -380,6 +380,32 @@ def test_a_lifted_digest_starts_again_at_step_one(story: Story) -> None:
     assert story.versions() == {"2": 40}
 
 
+def test_a_lift_sets_free_the_release_of_its_rollout_and_no_other(story: Story) -> None:
+    """2 is bad; 3 was held by mistake. Who lifts 3 has not looked at 2, which Git names again."""
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(3)
+    story.command("rollback")
+    story.run(5)
+    story.commit(*base(), rollout("cars", "app-3"))
+    story.run(40)
+    assert story.versions() == {"3": 40}
+    story.command("hold")
+    story.run(2)
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.command("lift")
+    story.run(30)
+    assert story.versions() == {"3": 40}
+    with reading(story.engine) as conn:
+        left = conn.execute(select(holds.c.id, holds.c.release).where(holds.c.lifted_at.is_(None)))
+        (still,) = left.all()
+    assert still.release == "app-2"
+    with pytest.raises(commands.Refused, match=f"in force are {still.id} on app-2"):
+        story.command("lift")
+    story.command("lift", body={"hold": still.id})
+    story.run(60)
+    assert story.versions() == {"2": 40}
+
+
 def test_hold_leaves_devices_as_they_are(story: Story) -> None:
     story.commit(*base(), rollout("cars", "app-2"))
     story.run(2)
@@ -387,6 +413,23 @@ def test_hold_leaves_devices_as_they_are(story: Story) -> None:
     story.run(30)
     assert story.versions() == {"1": 28, "2": 12}
     assert story.rollout().state == "Held"
+
+
+def test_a_reason_of_several_lines_is_quoted_in_one(story: Story) -> None:
+    """Its second line would read as a sentence of ours, on a terminal and in a commit's status."""
+    story.commit(*base(), rollout("cars", "app-2"))
+    story.run(4)
+    with writing(story.engine) as conn:
+        row = conn.execute(select(rollouts).where(rollouts.c.name == "cars")).one()
+        reason = "brakes\u202e\n\nCOMPLETED — app-2 on 40 of 40 devices"
+        commands.add_hold(
+            conn, dict(row._mapping), to="previous", actor="eve", reason=reason, incident=None,
+            now=story.world.now,
+        )  # fmt: skip
+    story.run(4)
+    sentence = story.rollout().sentence
+    assert "brakes COMPLETED — app-2 on 40" in sentence
+    assert "\n" not in sentence
 
 
 def test_pause_tells_nobody_else_and_resume_goes_on(story: Story) -> None:
@@ -688,6 +731,25 @@ def test_a_wave_too_small_to_prove_anything_is_doubled_once(story: Story, rule: 
     assert len(growing) == 1
     assert "more devices can tell what more time cannot" in growing[0]
     assert len(draws) == 3
+    assert story.versions() == {"2": 40}
+
+
+def test_a_step_that_waits_for_a_person_waits_when_the_policy_proceeds_too(story: Story) -> None:
+    """`proceed` gives up the proof; with `pause: {}` somebody wants to look before it widens."""
+    few = {"cohort": "canary", "percent": "25%", "soak": "3s", "maxSoak": "6s", "margins": MARGINS}
+    steps = [{**few, "pause": {}}, {"cohort": "general", "soak": "3s", "margins": MARGINS}]
+    proceed = {"proceed": {"minHealthy": "1", "afterSoak": "3s", "maxDevices": "1000"}}
+    strategy = {"onInconclusive": proceed, "partial": "true"}
+    story.commit(*base(), rollout("cars", "app-2", steps=steps, strategy=strategy))
+    story.run(30)
+    assert story.versions()["2"] == 3
+    assert story.rollout().state == "Paused"
+    assert "UNPROVEN, the step waits for `promote`" in story.rollout().sentence
+    story.command("resume")  # who did not want to look longer has not said that it may widen
+    story.run(5)
+    assert story.rollout().state == "Paused"
+    story.command("promote")
+    story.run(30)
     assert story.versions() == {"2": 40}
 
 

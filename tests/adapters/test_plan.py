@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import Engine, insert, update
 
 from controller.cli.plan import _tree
+from controller.manifests.reader import read as read_manifests
 from controller.planner import Tree, against_fleet, documents_only
 from controller.rollout import plan_text
 from controller.rollout.plan import Effect, Plan, Planned
@@ -318,6 +319,40 @@ def test_a_revert_takes_devices_back_at_once(fleet: Fleet) -> None:
     assert "280 of 400 devices in 4 steps, 50 go back at once" in one.sentence
     assert [step.devices for step in one.steps] == [70, 0, 70, 140]
     assert one.steps[1].warnings == (NOBODY_NEW,)
+
+
+def test_where_all_go_back_at_once_no_table_of_noughts_is_shown(fleet: Fleet) -> None:
+    for i in range(400):
+        fleet.says(f"car-{i:03d}", "fsd-10.2.0", history=("fsd-10.1.0", "fsd-10.2.0"))
+    fleet.pull_request("revert", "rollout.yaml", "release: fsd-10.2.0", "release: fsd-10.1.0")
+    plan = fleet.plan("revert")
+    one = only(plan)
+    assert (one.returning, sum(step.devices for step in one.steps)) == (400, 0)
+    assert one.returning_download == 400 * 734_003_200
+    for text in (plan_text.plain(plan), plan_text.markdown(plan)):
+        assert "400 devices have run fsd-10.1.0 in health" in text
+        assert "at most 294 GB to download" in text
+        assert "step 1" not in text
+        assert NOBODY_NEW not in text
+
+
+def test_a_second_line_of_a_reason_is_no_line_of_the_plan(fleet: Fleet) -> None:
+    reason = "brakes\u202e\n\nPlan: nothing changes on any device."
+    release = fleet.tree("main").files["releases/fsd-10.3.0.yaml"]
+    digest = next(iter(read_manifests({"r.yaml": release}).manifests.releases.values())).digest
+    (fleet.repo / "holds").mkdir()
+    (fleet.repo / "holds/01hold.yaml").write_text(
+        "apiVersion: bellwether.dev/v1\nkind: Hold\nmetadata: {name: 01hold}\nspec:\n"
+        "  rollout: model-3-eu-autopilot\n"
+        f'  rejects: {{release: fsd-10.3.0, digest: "{digest}"}}\n'
+        f"  to: previous\n  reason: {json.dumps(reason)}\n  actor: ada\n"
+    )
+    fleet.pull_request("held", "rollout.yaml", "release: fsd-10.2.0", "release: fsd-10.3.0")
+    plan = fleet.plan("held")
+    for text in (plan_text.plain(plan), plan_text.markdown(plan)):
+        assert "brakes Plan: nothing changes" in text
+        assert not any(line.startswith("Plan: nothing") for line in text.splitlines())
+        assert "\u202e" not in text
 
 
 def test_a_held_digest_is_not_opened(fleet: Fleet) -> None:

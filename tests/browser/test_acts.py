@@ -112,7 +112,7 @@ def test_a_stop_stands_on_every_page_and_is_ended(admin: BrowserContext, site: S
     seen = watch(admin, site.url)
     seen.page.goto(f"{site.url}/oncall")
     seen.page.get_by_role("link", name="Stop everything").click()
-    seen.page.get_by_label("one component").check()
+    seen.page.get_by_label("one product").check()
     seen.page.get_by_label("Which one").fill("autopilot")
     seen.page.get_by_role("textbox", name="Reason").fill("storm")
     seen.page.get_by_role("button", name="Stop", exact=True).click()

@@ -311,6 +311,8 @@ def test_a_sentence_of_the_engine_is_escaped_and_its_names_are_code() -> None:
     assert figures.said("a ` b <i>") == "a ` b &lt;i&gt;"
     assert len(figures.said("x" * 50_000)) < figures.MOST + 100
     assert "\0" not in figures.said("a\0b")
+    assert figures.said("\u202egnals`\u2066x`; 31 are back") == "�gnals<code>�x</code>; 31 are back"
+    assert figures.said("שלום") == "שלום"
 
 
 def test_who_ran_what_follows_each_devices_own_history() -> None:

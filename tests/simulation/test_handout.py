@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from bench.world import texts
 from bench.world.databases import Databases
 from bench.world.world import World
+from controller.manifests.reader import read
 from controller.store import devices as registry_rows
 from controller.store import handout
 from controller.store.tables import devices as registry
+from controller.store.tables import releases
 from device_agent.protocol import open_envelope
 from telemetry.store.database import reading, writing
 
@@ -32,7 +34,8 @@ def world(databases: Databases) -> World:
     world = World(databases, "handout")
     for n in range(6):
         world.enrol(f"car-{n}", **({"ring": "canary"} if n < 4 else {}), hardware="ab"[n % 2])
-    base = {"fleet.yaml": texts.fleet(), "policy.yaml": texts.policy()}
+    labelled = texts.fleet().replace('"name": "cars"', '"name": "cars", "labels": {"product": "p"}')
+    base = {"fleet.yaml": labelled, "policy.yaml": texts.policy()}
     world.commit({**base, "1.yaml": texts.release("1")})
     world.start()
     world.run(6)
@@ -73,13 +76,43 @@ def test_the_order_in_force_is_handed_out(world: World) -> None:
         ("stop", {"scope": "all"}, set()),
         ("stop", {"scope": "hardware", "value": "b"}, {"car-0", "car-2"}),
         ("stop", {"scope": "product", "value": "else"}, EVERYBODY),
+        ("stop", {"scope": "product", "value": "p"}, set()),
+        ("stop", {"scope": "product", "value": "cars"}, set()),
+        ("stop", {"scope": "digest", "value": "RELEASE"}, set()),
     ],
 )
 def test_what_people_stop_is_not_handed_out(
     world: World, kind: str, body: dict[str, Any], left: set[str]
 ) -> None:
+    if body.get("value") == "RELEASE":  # the digest that its page shows
+        with reading(world.databases.control) as conn:
+            known = conn.execute(select(releases.c.digest).where(releases.c.name == "app-2"))
+            body = {**body, "value": known.scalar_one()}
     assert world.ask(kind, None if kind == "stop" else texts.ROLLOUT, **body)
     assert set(handed(world)) == left
+
+
+@pytest.mark.parametrize("scope", ["product", "digest", "artifact"])
+def test_a_stop_that_is_older_than_the_release_stops_it(databases: Databases, scope: str) -> None:
+    """Nothing of it was known when the person spoke: label and digest come with the commit."""
+    release = next(iter(read({"2.yaml": texts.release("2")}).manifests.releases.values()))
+    named = {"product": "p", "digest": release.digest, "artifact": release.artifacts[0].digest}
+    world = World(databases, f"older {scope}")
+    for n in range(4):
+        world.enrol(f"car-{n}", ring="canary", hardware="a")
+    world.commit({"policy.yaml": texts.policy(), "1.yaml": texts.release("1")})
+    world.start()
+    world.run(6)
+    kind = "product" if scope == "product" else "digest"
+    assert world.ask("stop", None, scope=kind, value=named[scope])
+    labelled = texts.fleet().replace('"name": "cars"', '"name": "cars", "labels": {"product": "p"}')
+    cars = texts.rollout("2", STEPS, {"silentAfter": "20s"})
+    world.commit({"fleet.yaml": labelled, "2.yaml": texts.release("2"), "cars.yaml": cars})
+    world.run(20)
+    assert "app-2" not in handed(world).values()
+    assert world.ask("stop", None, scope=kind, value=named[scope], lift=True)
+    world.run(5)
+    assert set(handed(world).values()) == {"app-2"}
 
 
 def test_a_way_back_is_handed_out_in_a_stop(world: World) -> None:

@@ -78,9 +78,11 @@ async def stop(page: Page, form: Form) -> Response:
 
 def _stop(page: Scene, fields: Mapping[str, str]) -> Response:
     try:
-        _record_stop(page, fields)
+        said = _record_stop(page, fields)
     except commands.Refused as refused:
         return _stop_dialog(page, fields, refused.code, refused.message)
+    if commands.NOTHING in said:  # who wrote it must see that
+        return _stop_dialog(page, {}, said=said)
     return RedirectResponse("/oncall", 303)
 
 
@@ -150,9 +152,7 @@ def _scope(text: str, verb: str) -> dict[str, Any] | None:
     kind, _, value = text.partition(":")
     if verb not in ("rollback", "hold") or kind not in ("step", "cohort", "device"):
         raise commands.Refused(422, f"scope: {text[:80]!r} is none of this dialog's")
-    given: dict[str, Any] = {kind: int(value) if kind == "step" and value.isdigit() else value}
-    if kind == "device":
-        given = {"devices": [value]}
+    given: dict[str, Any] = {"devices": [value]} if kind == "device" else {kind: value}
     try:
         return scope.checked(given)
     except ValueError as error:
@@ -204,7 +204,9 @@ def _name_typed(
 # -- stop -----------------------------------------------------------------------------------------
 
 
-def _stop_dialog(page: Scene, typed: Mapping[str, str], code: int = 200, why: str = "") -> Response:
+def _stop_dialog(
+    page: Scene, typed: Mapping[str, str], code: int = 200, why: str = "", said: str = ""
+) -> Response:
     must_everywhere(page.who, Right.STOP, "a stop reaches all of them")
     with reading(page.deps.engine) as conn:
         stops = views.active_stops(conn)
@@ -215,13 +217,14 @@ def _stop_dialog(page: Scene, typed: Mapping[str, str], code: int = 200, why: st
         "scopes": commands.SCOPES,
         "may_end": page.who.may_everywhere(Right.START),
         "why": why,
+        "said": said,
         "typed": {name: typed.get(name, "") for name in ("scope", "value", "reason", "lift")},
         "title": "Stop",
     }
     return rendering.page(page.request, "stop.html", page.who, shown, status=code)
 
 
-def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
+def _record_stop(page: Scene, fields: Mapping[str, str]) -> str:
     ends = fields.get("lift") == "true"
     must_everywhere(page.who, Right.START if ends else Right.STOP, "a stop reaches all of them")
     body = checked(bodies.Stop, {
@@ -230,7 +233,7 @@ def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
         "reason": text_of(fields, "reason"),
         "lift": ends,
     })  # fmt: skip
-    commands.record(
+    recorded = commands.record(
         page.deps.engine,
         kind="stop",
         rollout=None,
@@ -242,6 +245,7 @@ def _record_stop(page: Scene, fields: Mapping[str, str]) -> None:
         now=page.deps.clock(),
     )
     poke(page)
+    return recorded.sentence
 
 
 def checked(kind: Any, data: Mapping[str, Any]) -> Any:
@@ -261,7 +265,7 @@ def text_of(fields: Mapping[str, str], name: str) -> str:
 
 
 def _whole(text: str) -> int:
-    if not (text.isdigit() and len(text) < 16):
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
         raise commands.Refused(412, "the page does not say which revision it showed: look again")
     return int(text)
 

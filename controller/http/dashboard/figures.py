@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -72,9 +73,14 @@ def short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
 
+# NUL is no character of HTML. An override of the direction of writing goes on to the end of its
+# paragraph: it would turn around our own words that follow a person's.
+UNSHOWN = re.compile("[\0\u202a-\u202e\u2066-\u2069]")
+
+
 def clip(text: Any) -> str:
     """Text of people and devices, without what no page can show."""
-    shown = str(text).replace("\0", "�")
+    shown = UNSHOWN.sub("�", str(text))
     return shown if len(shown) <= MOST else shown[:MOST] + " … (cut: the API has all of it)"
 
 

@@ -143,10 +143,10 @@ def decisions(page: Page, cursor: Cursor = "") -> Response:
 @router.get("/audit")
 def audit(page: Page, subject: Text = "", action: Text = "", cursor: Cursor = "") -> Response:
     must_everywhere(page.who, Right.AUDIT, "the audit tells of all of them")
-    key = paging.key(cursor)
+    before = paging.number(cursor)
     with reading(page.deps.engine) as conn:
         rows = lookups.newest_audit(
-            conn, before=int(key) if key.isdigit() else None, limit=AUDIT,
+            conn, before=before, limit=AUDIT,
             subject=subject.strip(), action=action.strip(),
         )  # fmt: skip
     last = str(rows[-1]["seq"]) if len(rows) == AUDIT else ""

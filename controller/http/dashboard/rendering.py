@@ -17,7 +17,7 @@ from urllib.parse import quote
 from fastapi import Request, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from controller.http.dashboard.figures import FILTERS, MOST, clip
+from controller.http.dashboard.figures import FILTERS, MOST, UNSHOWN, clip
 from controller.http.problems import Problem
 from controller.roles import Principal
 
@@ -50,8 +50,8 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """NUL is no character of HTML; ten thousand characters are enough of one name."""
-    if type(value) is str and ("\0" in value or len(value) > MOST):
+    """Without what no page can show; ten thousand characters are enough of one name."""
+    if type(value) is str and (len(value) > MOST or UNSHOWN.search(value)):
         return clip(value)
     return "" if value is None else value
 

@@ -25,7 +25,9 @@ from controller.http.devicebook import DeviceBook
 from controller.http.ports import Deps
 from controller.http.problems import Problem
 from controller.roles import Principal, Right
+from controller.rollout.model import Device
 from controller.store import lookups, views
+from controller.store import stops as stop_rows
 from controller.store.devices import get_many
 from telemetry.store.database import reading
 
@@ -216,6 +218,16 @@ def _owners(conn: Connection, before: Mapping[str, str]) -> set[str]:
 # -- device ---------------------------------------------------------------------------------------
 
 
+def _stops_of(conn: Connection, device: Any, newest: Any) -> list[Plain]:
+    """The stops that are in the way of its fleet's newest rollout, on this device."""
+    if newest is None:
+        return []
+    known = Device(id=device.id, fleet=device.fleet, labels=device.labels, status=device.status)
+    brings = {newest.digest, *newest.artifacts.values()}
+    ours = {stop.id for stop in stop_rows.load(conn) if stop.covers(known, brings)}
+    return [stop for stop in views.active_stops(conn) if stop["id"] in ours]
+
+
 def _device(eyes: Eyes, name: str) -> Plain:
     conn = eyes.conn
     row = get_many(conn, [name]).get(name)
@@ -226,7 +238,7 @@ def _device(eyes: Eyes, name: str) -> Plain:
     newest = None if newest_row is None else told_of(conn, [newest_row])[0]
     fixes = None if newest_row is None else newest_row.pinned.get("fixes")
     holds = [] if newest is None else views.holds_of(conn, [newest["name"]])[newest["name"]]
-    checks = device_page.why_not(told, newest, fixes, holds, views.active_stops(conn))
+    checks = device_page.why_not(told, newest, fixes, holds, _stops_of(conn, row, newest_row))
     audited = lookups.newest_audit(conn, before=None, limit=20, subject=name)
     return {
         "one": told,

@@ -1,0 +1,27 @@
+"""Whether two names are one person's. Pure.
+
+People are named by Git (`Ann <ann@example.com>`), by their tokens and identity provider (`Ann`,
+`ann@example.com`), and by the shell that a command ran in (`ann (cli)`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def same_person(one: str, other: str) -> bool:
+    """`Ann <ann@example.com>`, `ann@example.com`, `Ann` and `ann (cli)` are one person."""
+    return not _names(one).isdisjoint(_names(other))
+
+
+def are_several(names: Iterable[str]) -> bool:
+    """Are there two different people among them?"""
+    named = [name for name in names if _names(name)]
+    return any(not same_person(named[0], other) for other in named[1:])
+
+
+def _names(text: str) -> set[str]:
+    text = text.strip().removesuffix("(cli)")
+    name, _, rest = text.partition("<")
+    found = {part.strip().casefold() for part in (text, name, rest.rstrip("> "))}
+    return found - {""}
