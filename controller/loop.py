@@ -93,11 +93,12 @@ class Loop:
                 if not self._dispatch or self._ports.rung():
                     break
                 self._compose(now)
+            self._publish()  # whom this concerns is derived when the orders are out
+            self._rederive(now)
             self._recording.follow(now)
         except BaseException:
             self._loaded = False  # the database is the truth: read it again
             raise
-        self._publish()
         return taken
 
     @property
@@ -141,6 +142,7 @@ class Loop:
             term=self._issuer.term,
             entropy=self._ports.entropy,
         )
+        self._composed: dict[str, None] = {}  # devices that were, since somebody was asked
         self._head: Head | None = None
         self._notices: dict[str, str] = {}
         self._noted: dict[str, str] = {}  # as the database has them
@@ -316,6 +318,7 @@ class Loop:
 
     def _ask(self, now: float) -> list[Action]:
         """What those that may have something to say answer."""
+        self._rederive(now)
         world = self._world()
         awake = self._rollcall.awake(world, now)
         actions = reconcile.decide(world, now, awake)
@@ -366,8 +369,13 @@ class Loop:
         for name in part.gone:
             del memory.orders[name]
         memory.orders.update((order.device, order) for order in part.orders)
-        self._rollcall.devices(self._world(), part.devices, now)
+        self._composed.update(dict.fromkeys(part.devices))
         return part
+
+    def _rederive(self, now: float) -> None:
+        """Those whose orders were composed may stand differently now."""
+        composed, self._composed = self._composed, {}
+        self._rollcall.devices(self._world(), composed, now)
 
 
 def _is_stop(action: Action) -> bool:

@@ -16,7 +16,7 @@ Rules, in order:
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 from controller.rollout import opening, scope
 from controller.rollout.case import ended
@@ -68,7 +68,7 @@ class Rollcall:
             if moved:
                 self._awake.add(name)
 
-    def devices(self, world: World, touched: Sequence[str], now: float) -> None:
+    def devices(self, world: World, touched: Collection[str], now: float) -> None:
         """The registry, a report or an order of these devices changed."""
         if not touched:
             return
