@@ -224,6 +224,17 @@ class _Rules:
                     )  # fmt: skip
 
     def holds(self) -> Iterator[Problem]:
+        for hold in self._all.holds.values():
+            rollout = self._all.rollouts.get(hold.rollout)
+            fleet = self._all.fleets.get(rollout.fleet) if rollout else None
+            name, known = hold.scope.get("cohort"), [c.name for c in fleet.cohorts] if fleet else []
+            if known and name is not None and name not in known:
+                message = (
+                    f"fleet {rollout.fleet if rollout else ''} has no cohort {name}: the hold "
+                    f"covers nobody; it has {', '.join(known)}"
+                )
+                path: Path = ("spec", "scope", "cohort")
+                yield self._error("Hold", hold.id, path, message, frozenset(), "notice")
         for lift in self._all.lifts.values():
             if lift.hold not in self._all.holds:
                 yield self._missing(

@@ -98,7 +98,8 @@ def empty(scope: Mapping[str, Any], pinned: Mapping[str, Any]) -> str:
     """
     cohorts = [str(cohort["name"]) for cohort in pinned.get("fleet", {}).get("cohorts", ())]
     steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
-    waves = len(RAMPS) if pinned.get("recall") else len(steps) + bool(pinned.get("fixes"))
+    waves = len(steps) + sum(bool(step.get("keep_back")) for step in steps)
+    waves = len(RAMPS) if pinned.get("recall") else waves + bool(pinned.get("fixes"))
     match next(iter(scope.items()), ("all", True)):
         case ("cohort", name) if cohorts and name not in cohorts:
             return f"the fleet has no cohort {name}: {', '.join(cohorts)}"

@@ -11,6 +11,7 @@ from sqlalchemy import select
 
 from controller.manifests.admission import admit
 from controller.manifests.reader import read
+from controller.rollout import scope
 from controller.store.tables import decisions, members
 from telemetry.store.database import reading
 
@@ -83,6 +84,14 @@ def test_the_decisions_name_both_parts(story: Any) -> None:
         said = [row.sentence for row in conn.execute(select(decisions).order_by(decisions.c.id))]
     assert any("step 2 of 3 (general 75%)" in sentence for sentence in said)
     assert any("step 3 of 3 (general all)" in sentence for sentence in said)
+
+
+def test_both_parts_can_be_named_in_a_scope(story: Any) -> None:
+    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.run(5)
+    pinned = story.rollout().pinned
+    assert scope.empty({"step": 2}, pinned) == ""
+    assert "its last one is step 3" in scope.empty({"step": 3}, pinned)
 
 
 @pytest.mark.parametrize(

@@ -289,3 +289,17 @@ def test_any_spec_is_answered_by_problems(kind: str, spec: Any) -> None:
         "apiVersion": "bellwether.dev/v1", "kind": kind, "metadata": {"name": "n"}, "spec": spec,
     }  # fmt: skip
     admit(read({"a.yaml": json.dumps(document, ensure_ascii=True)}))
+
+
+@pytest.mark.parametrize(("cohort", "told"), [("canary", False), ("canaries", True)])
+def test_a_hold_that_covers_nobody_says_so(cohort: str, told: bool) -> None:
+    hold = (
+        "apiVersion: bellwether.dev/v1\nkind: Hold\nmetadata: {name: 01hold}\nspec:\n"
+        f'  rollout: cars-app\n  rejects: {{release: app-10.10, digest: "{DIGEST}"}}\n'
+        f"  scope: {{cohort: {cohort}}}\n  reason: it hurts\n  actor: eve\n"
+    )
+    found = _all(read({**GOOD, "hold.yaml": hold}))
+    notices = [p for p in found if "has no cohort" in p.message]
+    assert len(notices) == told
+    assert all(p.severity == "notice" and "canary, general" in p.message for p in notices)
+    assert not [p for p in found if p.severity == "error"], found
