@@ -36,6 +36,7 @@ from telemetry.store.database import reading, writing
 START = 1_800_000_000.0
 BEAT = 4.8  # seconds; less than the gap that still counts as heard (5 s)
 POLL = 30.0
+_RESTORED = 3.0  # seconds
 
 
 class World:
@@ -254,10 +255,7 @@ class World:
         another.process.begin()
 
     def lose_control_database(self, *, backup: bool) -> None:
-        """The control database is gone; a second later the backup, or nothing, is in its place.
-
-        Nobody restores one faster; a term is the second in which a controller began.
-        """
+        """The control database is gone; a second later the backup, or nothing, is in its place."""
         for one in self.controllers:
             one.process.stop()
         self.heap.after(1.0, lambda: self._replace_control_database(backup=backup))
@@ -265,6 +263,13 @@ class World:
     def _replace_control_database(self, *, backup: bool) -> None:
         for one in self.controllers:  # whoever began meanwhile
             one.process.stop()
+        # Nobody restores one within seconds of a controller's beginning: its term is the second in
+        # which it began, or one more where another had begun in it.
+        begun = max((at for one in self.controllers for _, at in one.take_overs), default=0.0)
+        if self.now < begun + _RESTORED:
+            wait = begun + _RESTORED - self.now
+            self.heap.after(wait, lambda: self._replace_control_database(backup=backup))
+            return
         if backup:
             self.databases.restore("control")
         else:
