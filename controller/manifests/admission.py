@@ -249,7 +249,6 @@ class _Rules:
             fields: list[tuple[str, bool]] = [
                 ("installer", release.installer != "slots"),
                 ("sbom", release.sbom is not None),
-                ("metrics", any(revision != 1 for revision in release.metrics.values())),
             ]
             yield from self._notices("Release", release.name, fields)
         for policy in self._all.policies.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from controller.rollout import revisions
 from controller.rollout.follow import AFTER_COMMIT
 from controller.rollout.gate import AbortFailed, Case, Outcome, Past, Silence, StepLimits
 from controller.rollout.model import Arm, Member, MemberState, Rollout, RolloutState
@@ -61,6 +62,7 @@ def build(
         release=rollout.release,
         commit=rollout.commit[:7],
         weights=rollout.flags.get("strata", {}),
+        incomparable=revisions.of_rollout(world, rollout, pinned),
     )
 
 

@@ -123,6 +123,7 @@ class Case:
     release: str = ""
     commit: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)  # band/hardware → eligible devices
+    incomparable: Mapping[str, str] = field(default_factory=dict)  # metric → why: it has no data
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = plain(self)
@@ -258,7 +259,9 @@ def _readings(case: Case, weights: Mapping[str, float]) -> list[Reading]:
     ]
     for gate in policy.gates:
         seen = case.observations.metric(gate.metric)
-        if gate.type is GateType.RATE:
+        if gate.metric in case.incomparable:
+            readings.append(guardrails.incomparable(gate, case.incomparable[gate.metric]))
+        elif gate.type is GateType.RATE:
             margin = _ratio_margin(engine, gate, step)
             readings.append(guardrails.rate(engine, gate, seen, margin, case.weights))
         elif gate.type is GateType.PROPORTION and gate.metric != UPDATE_OK:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from controller.manifests.reader import Manifests, Problem
-from controller.rollout import acts, approval, opening
+from controller.rollout import acts, approval, opening, revisions
 from controller.rollout.acts import Act
 from controller.rollout.desired import Catalog
 from controller.rollout.differences import Difference, differences
@@ -249,7 +249,11 @@ def _opened(
         after=rollout.release,
         one_way=not action.pinned.release.rollback.possible,
         approves=rollout.flags.get("awaits", {}).get("digest", ""),
-        notes=(*_people(rollout), *_notes(action.pinned, running)),
+        notes=(
+            *_people(rollout),
+            *_notes(action.pinned, running),
+            *_incomparable(world, rollout, action.pinned),
+        ),
     )
     if not measured:
         steps = tuple(unmeasured(wave, now) for wave in action.pinned.waves)
@@ -314,6 +318,12 @@ def _notes(pinned: Pinned, running: Rollout | None) -> Iterator[str]:
         )
     if pinned.rollout.urgency is not None and pinned.rollout.urgency.level == "recall":
         yield f"RECALL: {quoted(pinned.rollout.urgency.reason)}"
+
+
+def _incomparable(world: World, rollout: Rollout, pinned: Pinned) -> Iterator[str]:
+    action = pinned.rollout.strategy.on_inconclusive.action
+    for metric, why in revisions.of_plan(world, rollout, pinned).items():
+        yield f"gate {metric} has no data: {why}; `promote`, or `onInconclusive: {action}`, goes on"
 
 
 def _refused(

@@ -22,7 +22,7 @@ import numpy as np
 
 from telemetry.evidence import curves, first_events, fleetwide, levels, outcome
 from telemetry.evidence.observations import ArmSums, ArmTotals, MetricSeen
-from telemetry.policy import Direction, Engine, Gate
+from telemetry.policy import Direction, Engine, Gate, GateType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +255,22 @@ def level(
             f"[{_number(low)}, {_number(high)}] above control ({_number(control.mean)}), margin "
             f"{_number(margin)}; {n1:,} and {n0:,} devices"
         ),
+    )
+
+
+def incomparable(gate: Gate, why: str) -> Reading:
+    """A gate whose arms report different revisions of its metric: no data, in either direction."""
+    return Reading(
+        name=gate.metric,
+        kind="levels" if gate.type is GateType.MEAN else "events",
+        harm=1.0,
+        safe=math.nan,
+        margin=None,
+        estimate=math.nan,
+        band=(-math.inf, math.inf),
+        dry_run=gate.dry_run,
+        lacks=why,
+        says=f"{_words(gate.metric)}: {why}",
     )
 
 

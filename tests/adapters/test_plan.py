@@ -224,6 +224,17 @@ def test_a_start_that_takes_two_people_names_the_plan_that_they_approve(fleet: F
     assert planned("shorter").approves != one.approves
 
 
+def test_a_gate_that_will_have_no_data_is_foretold(fleet: Fleet) -> None:
+    declared = "spec:\n  metrics: {intervention: 2, unheard_of: 3}\n"
+    fleet.edit("releases/fsd-10.3.0.yaml", "spec:\n", declared)
+    fleet.commit("main")
+    fleet.pull_request("new", "rollout.yaml", "release: fsd-10.2.0", "release: fsd-10.3.0")
+    notes = [note for note in only(fleet.plan("new")).notes if "no data" in note]
+    assert len(notes) == 1
+    assert "fsd-10.3.0 reports revision 2 of it" in notes[0]
+    assert "`promote`" in notes[0]
+
+
 def test_a_weekend_window_postpones_the_step_that_meets_it(fleet: Fleet) -> None:
     # Opened on Monday: three soaks of 36 h end on Saturday; from Friday 17:00 on nobody is told.
     fleet.edit("rollout.yaml", "soak: 24h", "soak: 36h")
