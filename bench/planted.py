@@ -196,7 +196,9 @@ def _orders(
         if key is not None:
             issuer = Issuer(key=key, term=1, base_url="http://127.0.0.1:1")
             device = Device(id=name, fleet=fleet.name, labels={}, status="active")
-            values = Press(issuer, catalog, now - 7_200).order(device, target, None, None)[1]
+            press = Press(issuer, catalog, now - 7_200)
+            values = press.order(device, target, None, None)[1]
+            press.seal([values])
         else:
             values = _unsigned(name, told, attempt, now)
         rows.append({**values, "published": True})

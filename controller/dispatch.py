@@ -145,6 +145,7 @@ class Dispatch:
             if made is not None:
                 orders.append(made[0])
                 rows.append(made[1])
+        press.seal(rows)
         return Part(devices=names, orders=orders, rows=rows, gone=gone)
 
     def _take(self, most: int) -> list[str]:

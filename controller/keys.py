@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
 from device_agent.codec import to_wire
 from device_agent.protocol import Desired, Signature, canonical, sealed
 
+_MANY = 128  # orders that are worth a second thread
+
 
 class DirectorKey:
     def __init__(self, private: Ed25519PrivateKey) -> None:
@@ -27,6 +31,7 @@ class DirectorKey:
         self.keyid = sha256(raw).hexdigest()
         # The envelope is the same around every order of this key, but for signature and order.
         self._envelope = sealed(b"%b", (Signature(keyid=self.keyid, sig="%b"),))
+        self._second: ThreadPoolExecutor | None = None  # until there are many orders to sign
 
     @classmethod
     def load_or_create(cls, path: Path) -> DirectorKey:
@@ -45,6 +50,16 @@ class DirectorKey:
     def seal(self, signed: bytes) -> bytes:
         """The envelope around the canonical bytes of an order."""
         return self._envelope % (self._private.sign(signed).hex().encode(), signed)
+
+    def seal_all(self, signed: Sequence[bytes]) -> list[bytes]:
+        """The envelopes around many: the second half on another processor, where one is free."""
+        if len(signed) < _MANY:
+            return [self.seal(each) for each in signed]
+        if self._second is None:
+            self._second = ThreadPoolExecutor(1, thread_name_prefix="signer")
+        half = len(signed) // 2
+        rest = self._second.submit(lambda: [self.seal(each) for each in signed[half:]])
+        return [*(self.seal(each) for each in signed[:half]), *rest.result()]
 
     def sign_bytes(self, data: bytes) -> bytes:
         """A bare signature, for evidence that leaves the house."""

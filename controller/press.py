@@ -6,7 +6,7 @@ seen. What the orders of alike devices share is worded once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -32,7 +32,9 @@ class Press:
     def order(
         self, device: Device, target: Target, last: Order | None, row: DeviceRow | None
     ) -> tuple[Order, dict[str, Any]]:
-        """(the order, its row for the desired table): newer than all that the device knows."""
+        """(the order, its row for the desired table): newer than all that the device knows.
+
+        The row's body is the order's canonical bytes, until it is sealed (`seal`)."""
         known = row if row is not None and max(row.term, row.generation) <= MOST else None
         term = max(self._issuer.term + device.term, known.term if known else 0)
         generation = 1 + max(last.generation if last else 0, known.generation if known else 0)
@@ -53,11 +55,17 @@ class Press:
             "kind": order.kind,
             "components": wording.told,
             "rollout": wording.rollout,
-            "body": self._issuer.key.seal(wording.form.filled(own)),
+            "body": wording.form.filled(own),
             "at": self._now,
             "published": False,
         }
         return order, values
+
+    def seal(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Sign these rows' orders and put them into their envelopes."""
+        bodies = self._issuer.key.seal_all([row["body"] for row in rows])
+        for row, body in zip(rows, bodies, strict=True):
+            row["body"] = body
 
     def _wording(self, target: Target) -> _Wording:
         told = tuple(sorted(target.components.items()))

@@ -9,7 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from controller.keys import DirectorKey
-from device_agent.protocol import ComponentOrder, Desired, Kind, Reason
+from device_agent.codec import to_wire
+from device_agent.protocol import ComponentOrder, Desired, Kind, Reason, canonical
 from device_agent.trust import Accepted, Known, Refused, Repeated, judge, keyring, lease_holds
 
 KEY = DirectorKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
@@ -41,6 +42,15 @@ def refused(payload: bytes, known: Known = KNOWN) -> Reason:
 
 def test_a_newer_signed_order_is_accepted() -> None:
     assert isinstance(judge(KEY.sign(order()), KNOWN), Accepted)
+
+
+@pytest.mark.parametrize("many", [0, 1, 127, 128, 129, 1000])
+def test_many_orders_are_each_signed_for_their_device(many: int) -> None:
+    names = [f"car-{n}" for n in range(many)]
+    sealed = KEY.seal_all([canonical(to_wire(order(device=name))) for name in names])
+    assert sealed == [KEY.sign(order(device=name)) for name in names]
+    for name, body in zip(names, sealed, strict=True):
+        assert isinstance(judge(body, replace(KNOWN, device=name)), Accepted)
 
 
 def test_a_strangers_signature_is_refused() -> None:
