@@ -404,12 +404,12 @@ class _Word:
     def fits(self, row: DeviceRow | None) -> bool:
         if row is None:
             return not (self.state or self.running or self.online)
-        runs = {name for part in row.components.values() for name in (part.release, part.digest)}
-        return (
-            (not self.state or str(row.state) == self.state)
-            and (self.online is None or row.online == self.online)
-            and (not self.running or self.running in runs)
-        )
+        if self.state and row.state != self.state:
+            return False
+        if self.online is not None and row.online != self.online:
+            return False
+        parts = row.components.values() if self.running else ()
+        return not self.running or any(self.running in (p.release, p.digest) for p in parts)
 
 
 def _labels(pairs: Sequence[str]) -> dict[str, str]:
