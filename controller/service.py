@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -168,8 +169,7 @@ RUN: dict[str, Callable[[Settings, threading.Event], None]] = {
 def serve(settings: Settings) -> int:
     """Run the role until SIGTERM or SIGINT; the exit code."""
     stopping = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stopping.set())
+    _upon_signals(stopping.set)
     if (parent := os.environ.pop(PARENT, "")).isdigit():
         watch = threading.Thread(target=_end_with, args=(int(parent), stopping), daemon=True)
         watch.start()
@@ -182,6 +182,24 @@ def serve(settings: Settings) -> int:
         print(f"bellwether: {error}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
+
+
+def _upon_signals(end: Callable[[], None]) -> None:
+    """Calls `end` in a thread of its own when SIGTERM or SIGINT comes.
+
+    A handler interrupts the main thread at any line. Had it to take a lock that this thread holds
+    at that moment (an Event's, in `wait`), it would wait for ever; the queue has none.
+    """
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: told.put(got))
+
+    def listen() -> None:
+        while True:
+            told.get()
+            end()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
 
 
 def _all(settings: Settings, stopping: threading.Event) -> int:

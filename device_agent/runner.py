@@ -60,9 +60,11 @@ class Runner:
         self._journal = Journal(directory / "journal.db")
         self._outbox = Outbox(directory / "outbox.db")
         self.agent = Agent(identity, self._journal, self._outbox, settings)
-        self._stop = threading.Event()
-        self._events: queue.Queue[Event | None] = queue.Queue()
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        # Simple queues and a plain flag: `stop` may interrupt the thread that runs `run` at any
+        # line, also where a Queue or an Event holds its lock, and would wait for it for ever.
+        self._ending = False
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         credentials = (identity.broker_username, identity.broker_password)
         self._halt = threading.Event()  # ends the transfer that is under way
         self._epoch = 0  # raised by every Cancel: jobs from before it are not begun any more
@@ -77,8 +79,7 @@ class Runner:
 
     def stop(self) -> None:
         """From a signal handler or another thread: the orderly end."""
-        self._stop.set()
-        self._halt.set()
+        self._ending = True
         self._events.put(None)
 
     def run(self) -> None:
@@ -92,7 +93,7 @@ class Runner:
         try:
             self._loop()
         finally:
-            self._stop.set()
+            self._ending = True
             self._halt.set()
             self._jobs.put(None)
             link.stop(agent.will())
@@ -102,7 +103,7 @@ class Runner:
 
     def _loop(self) -> None:
         next_tick = time.monotonic()
-        while not self._stop.is_set():
+        while not self._ending:
             try:
                 event = self._events.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
@@ -149,7 +150,7 @@ class Runner:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if self._stop.is_set():
+            if self._ending:
                 return
             event = job()
             if event is not None:
@@ -157,7 +158,7 @@ class Runner:
 
     def _do(self, effect: work.Effect, epoch: int) -> Event | None:
         self._halt.clear()
-        if epoch != self._epoch or self._stop.is_set():
+        if epoch != self._epoch or self._ending:
             return None
         if isinstance(effect, work.ProbeLink):
             alive = self._server_answers()
