@@ -1,4 +1,7 @@
-"""The HTTP service over a real database and a real broker, for the tests beside this file."""
+"""For the tests beside this file: a story on the loop, and the HTTP service.
+
+The service stands over a real database and a real broker.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,14 @@ from telemetry.store.fold import Batch, Heard
 from telemetry.store.reports import Store
 from telemetry.store.tables import create_schema
 
+from .story import Story, forty
+
 NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    return forty(tmp_path)
 
 
 class Files:

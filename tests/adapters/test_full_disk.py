@@ -17,7 +17,7 @@ from controller.store import rollouts as store
 from controller.store.tables import stops
 from telemetry.store.database import reading, writing
 
-from .test_loop import Story, base, rollout
+from .story import Story, base, rollout
 
 ROOM = 96  # MiB
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,36 +13,19 @@ from controller.rollout import scope
 from controller.store.tables import decisions, members
 from telemetry.store.database import reading
 
-_SPEC = importlib.util.spec_from_file_location(
-    "loop_story", Path(__file__).with_name("test_loop.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-loop = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(loop)
+from .story import DIGESTS, MARGINS, base, rollout
 
-CANARY = {"cohort": "canary", "soak": "3s", "maxSoak": "20s", "margins": loop.MARGINS}
+CANARY = {"cohort": "canary", "soak": "3s", "maxSoak": "20s", "margins": MARGINS}
 KEPT = {
-    "cohort": "general", "soak": "3s", "maxSoak": "60s", "margins": loop.MARGINS,
+    "cohort": "general", "soak": "3s", "maxSoak": "60s", "margins": MARGINS,
     "keepBack": {"percent": "25%", "for": "30s"},
 }  # fmt: skip
 GENERAL = 28  # devices, of 40
 HELD = 7  # a quarter of them
 
 
-@pytest.fixture
-def story(tmp_path: Path) -> Any:
-    made = loop.Story(tmp_path)
-    names = [f"car-{i:02}" for i in range(40)]
-    made.enrol(*names[:12], model="m3", ring="canary")
-    made.enrol(*names[12:], model="m3")
-    for name in names:
-        made.world.join(name, {"app": ("app-1", loop.DIGESTS["1"])})
-    return made
-
-
 def told(story: Any, release: str) -> set[str]:
-    digest = loop.DIGESTS[release]
+    digest = DIGESTS[release]
     return {
         device
         for device, orders in story.world.orders.items()
@@ -53,7 +34,7 @@ def told(story: Any, release: str) -> set[str]:
 
 
 def test_some_wait_until_the_others_were_watched_then_follow(story: Any) -> None:
-    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.commit(*base(), rollout("cars", "app-2", [CANARY, KEPT]))
     story.run(30)
     assert story.versions() == {"1": HELD, "2": 40 - HELD}
     assert story.rollout().state == "Soaking"
@@ -67,7 +48,7 @@ def test_some_wait_until_the_others_were_watched_then_follow(story: Any) -> None
 
 
 def test_who_was_kept_back_never_meets_what_was_found_meanwhile(story: Any) -> None:
-    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.commit(*base(), rollout("cars", "app-2", [CANARY, KEPT]))
     story.run(25)
     kept = set(story.world.rows) - told(story, "2")
     assert len(kept) == HELD
@@ -78,7 +59,7 @@ def test_who_was_kept_back_never_meets_what_was_found_meanwhile(story: Any) -> N
 
 
 def test_the_decisions_name_both_parts(story: Any) -> None:
-    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.commit(*base(), rollout("cars", "app-2", [CANARY, KEPT]))
     story.run(60)
     with reading(story.engine) as conn:
         said = [row.sentence for row in conn.execute(select(decisions).order_by(decisions.c.id))]
@@ -87,7 +68,7 @@ def test_the_decisions_name_both_parts(story: Any) -> None:
 
 
 def test_both_parts_can_be_named_in_a_scope(story: Any) -> None:
-    story.commit(*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT]))
+    story.commit(*base(), rollout("cars", "app-2", [CANARY, KEPT]))
     story.run(5)
     pinned = story.rollout().pinned
     assert scope.empty({"step": 2}, pinned) == ""
@@ -105,13 +86,13 @@ def test_both_parts_can_be_named_in_a_scope(story: Any) -> None:
     ],
 )
 def test_a_step_that_keeps_everybody_back_is_refused(steps: list[Any], expected: str) -> None:
-    documents = [*loop.base(), loop.rollout("cars", "app-2", steps)]
+    documents = [*base(), rollout("cars", "app-2", steps)]
     found = read({"fleet.yaml": "---\n".join(documents)})
     problems = [p for p in (*found.problems, *admit(found)) if p.severity == "error"]
     assert any(expected in problem.message for problem in problems), problems
 
 
 def test_what_is_kept_back_is_in_force(story: Any) -> None:
-    documents = [*loop.base(), loop.rollout("cars", "app-2", [CANARY, KEPT])]
+    documents = [*base(), rollout("cars", "app-2", [CANARY, KEPT])]
     found = read({"fleet.yaml": "---\n".join(documents)})
     assert not [*found.problems, *admit(found)]

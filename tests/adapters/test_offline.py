@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .test_loop import Story, base, rollout, story  # noqa: F401 - a fixture
+from .story import Story, base, rollout
 
 
 def without(cars: Story, name: str, seconds: int) -> None:
@@ -15,7 +15,7 @@ def without(cars: Story, name: str, seconds: int) -> None:
         cars.world.work(*others)
 
 
-def test_a_step_waits_for_the_device_that_is_offline(story: Story) -> None:  # noqa: F811
+def test_a_step_waits_for_the_device_that_is_offline(story: Story) -> None:
     strategy = {"offline": {"action": "wait"}}
     story.commit(*base(), rollout("cars", "app-2", strategy=strategy))
     without(story, "car-05", 120)
@@ -27,7 +27,7 @@ def test_a_step_waits_for_the_device_that_is_offline(story: Story) -> None:  # n
     assert story.rollout().state == "Completed"
 
 
-def test_a_person_may_pass_it_all_the_same(story: Story) -> None:  # noqa: F811
+def test_a_person_may_pass_it_all_the_same(story: Story) -> None:
     strategy = {"offline": {"action": "wait"}}
     story.commit(*base(), rollout("cars", "app-2", strategy=strategy))
     without(story, "car-05", 60)
@@ -36,7 +36,7 @@ def test_a_person_may_pass_it_all_the_same(story: Story) -> None:  # noqa: F811
     assert story.versions() == {"1": 1, "2": 39}
 
 
-def test_a_step_waits_no_longer_than_the_policy_says(story: Story) -> None:  # noqa: F811
+def test_a_step_waits_no_longer_than_the_policy_says(story: Story) -> None:
     strategy = {"offline": {"action": "wait", "countAfter": "90s"}}
     story.commit(*base(), rollout("cars", "app-2", strategy=strategy))
     without(story, "car-05", 80)
@@ -46,7 +46,7 @@ def test_a_step_waits_no_longer_than_the_policy_says(story: Story) -> None:  # n
     assert story.versions() == {"1": 1, "2": 39}
 
 
-def test_who_is_away_for_too_long_counts_as_failed(story: Story) -> None:  # noqa: F811
+def test_who_is_away_for_too_long_counts_as_failed(story: Story) -> None:
     strategy = {
         "offline": {"action": "fail", "countAfter": "60s"},
         "abortFailed": {"count": "1", "share": "5%"},
@@ -64,7 +64,7 @@ def test_who_is_away_for_too_long_counts_as_failed(story: Story) -> None:  # noq
     assert story.versions() == {"1": 40}
 
 
-def test_who_comes_back_in_time_or_later_is_no_failure(story: Story) -> None:  # noqa: F811
+def test_who_comes_back_in_time_or_later_is_no_failure(story: Story) -> None:
     strategy = {"offline": {"action": "fail", "countAfter": "60s"}, "maxFailed": "20%"}
     loose = {"failed": "70%", "lost": "70%"}
     steps = [
@@ -82,7 +82,7 @@ def test_who_comes_back_in_time_or_later_is_no_failure(story: Story) -> None:  #
     assert story.rollout().state == "Completed"
 
 
-def test_our_own_deafness_makes_nobody_late(story: Story) -> None:  # noqa: F811
+def test_our_own_deafness_makes_nobody_late(story: Story) -> None:
     strategy = {"offline": {"action": "fail", "countAfter": "60s"}}
     story.commit(*base(), rollout("cars", "app-2", strategy=strategy))
     without(story, "car-05", 5)

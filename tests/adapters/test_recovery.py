@@ -1,6 +1,6 @@
 """A database that was wiped, restored from an older backup, or cut off from telemetry.
 
-The loop on a real SQLite; devices and broker are those of test_loop.
+The loop on a real SQLite; devices and broker are those of story.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from controller.store.tables import decisions, desired, holds, metadata
 from device_agent.protocol import State
 from telemetry.store.database import reading, writing
 
-from .test_loop import DIGESTS, Story, base, rollout, story  # noqa: F401 - a fixture
+from .story import DIGESTS, Story, base, rollout
 
 FOREVER = [
     {"cohort": "canary", "soak": "1h", "maxSoak": "2h"},
@@ -29,7 +29,7 @@ FOREVER = [
 
 
 @pytest.fixture
-def cars(story: Story) -> Story:  # noqa: F811
+def cars(story: Story) -> Story:
     """Forty cars that completed app-2, and a canary of twelve on app-3, soaking for an hour."""
     story.commit(*base(), rollout("cars", "app-2"))
     story.run(30)
@@ -131,7 +131,7 @@ def test_the_next_commit_after_a_wipe_rolls_out_as_ever(cars: Story) -> None:
     assert cars.rollout().state == "Completed"
 
 
-def test_a_wipe_of_everything_is_known_by_the_registry_copy(story: Story) -> None:  # noqa: F811
+def test_a_wipe_of_everything_is_known_by_the_registry_copy(story: Story) -> None:
     """Telemetry is empty too: the marker of the recovered registry is all that tells."""
     with writing(story.engine) as conn:
         store.put_meta(conn, "recovered", {"at": 1.0, "devices": 40})

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from telemetry.report import HealthRow
 
-_SPEC = importlib.util.spec_from_file_location(
-    "loop_story", Path(__file__).with_name("test_loop.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-loop = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(loop)
+from .story import DIGESTS, MARGINS, document, fleet, release, rollout
 
 STEPS = [
-    {"cohort": name, "soak": "3s", "maxSoak": "20s", "margins": loop.MARGINS}
+    {"cohort": name, "soak": "3s", "maxSoak": "20s", "margins": MARGINS}
     for name in ("canary", "general")
 ]
-
-
-@pytest.fixture
-def story(tmp_path: Path) -> Any:
-    made = loop.Story(tmp_path)
-    names = [f"car-{i:02}" for i in range(40)]
-    made.enrol(*names[:12], model="m3", ring="canary")
-    made.enrol(*names[12:], model="m3")
-    for name in names:
-        made.world.join(name, {"app": ("app-1", loop.DIGESTS["1"])})
-    return made
 
 
 def commit(story: Any, to: str, **metrics: dict[str, str]) -> None:
@@ -41,12 +20,12 @@ def commit(story: Any, to: str, **metrics: dict[str, str]) -> None:
         {"metric": "update_ok", "type": "proportion"},
         {"metric": "jerk", "type": "rate", "budget": {"per_device_hour": "0.5"}},
     ]
-    policy = loop._document("HealthPolicy", "driving", {"gates": gates})
+    policy = document("HealthPolicy", "driving", {"gates": gates})
     releases = [
-        loop.release(v, **({"metrics": metrics[f"r{v}"]} if f"r{v}" in metrics else {}))
+        release(v, **({"metrics": metrics[f"r{v}"]} if f"r{v}" in metrics else {}))
         for v in ("1", "2", "3")
     ]
-    story.commit(loop.fleet(), policy, *releases, loop.rollout("cars", f"app-{to}", STEPS))
+    story.commit(fleet(), policy, *releases, rollout("cars", f"app-{to}", STEPS))
 
 
 def drive(story: Any, seconds: int, jerks: bool = False) -> None:
@@ -55,7 +34,7 @@ def drive(story: Any, seconds: int, jerks: bool = False) -> None:
         story.run(1)
         for name, row in story.world.rows.items():
             digest = row.components["app"].digest
-            new = digest != loop.DIGESTS["1"]
+            new = digest != DIGESTS["1"]
             story.world.batch += 1
             story.world.health.append(
                 HealthRow(

@@ -10,7 +10,7 @@ from controller.store.tables import decisions
 from device_agent.protocol import Kind, State
 from telemetry.store.database import reading
 
-from .test_loop import DIGESTS, Story, base, release, rollout, story  # noqa: F401 - a fixture
+from .story import DIGESTS, Story, base, release, rollout
 
 SLOW = {"soak": "1h", "maxSoak": "2h"}
 STEPS = [
@@ -72,7 +72,7 @@ def fails(cars: Story, name: str, **said: object) -> None:
 # -- pace: steps ----------------------------------------------------------------------------------
 
 
-def test_the_way_back_goes_by_steps(story: Story) -> None:  # noqa: F811
+def test_the_way_back_goes_by_steps(story: Story) -> None:
     cars = widened(story, pace="steps")
     steps = [of_step(cars, step) for step in range(3)]
     told = {name: len(cars.world.orders[name]) for name in cars.world.rows}
@@ -92,7 +92,7 @@ def test_the_way_back_goes_by_steps(story: Story) -> None:  # noqa: F811
     assert cars.versions() == {"1": 40}
 
 
-def test_who_does_not_run_it_yet_never_waits(story: Story) -> None:  # noqa: F811
+def test_who_does_not_run_it_yet_never_waits(story: Story) -> None:
     """It was told the release, and must not start it, whatever step it belongs to."""
     cars = widened(story, 2, pace="steps")
     cars.command("promote")
@@ -105,7 +105,7 @@ def test_who_does_not_run_it_yet_never_waits(story: Story) -> None:  # noqa: F81
         assert cars.world.orders[name][-1].components["app"].digest == DIGESTS["1"]
 
 
-def test_a_step_does_not_wait_for_who_is_out_of_reach(story: Story) -> None:  # noqa: F811
+def test_a_step_does_not_wait_for_who_is_out_of_reach(story: Story) -> None:
     cars = widened(story, pace="steps")
     first, last = of_step(cars, 0), of_step(cars, 2)
     away = first[0]
@@ -122,7 +122,7 @@ def test_a_step_does_not_wait_for_who_is_out_of_reach(story: Story) -> None:  # 
     assert cars.versions() == {"1": 40}
 
 
-def test_a_restart_keeps_the_pace(story: Story) -> None:  # noqa: F811
+def test_a_restart_keeps_the_pace(story: Story) -> None:
     cars = widened(story, pace="steps")
     second = of_step(cars, 1)
     told = {name: len(cars.world.orders[name]) for name in second}
@@ -138,7 +138,7 @@ def test_a_restart_keeps_the_pace(story: Story) -> None:  # noqa: F811
 # -- abortFailed ----------------------------------------------------------------------------------
 
 
-def test_two_that_fail_to_come_back_freeze_the_others(story: Story) -> None:  # noqa: F811
+def test_two_that_fail_to_come_back_freeze_the_others(story: Story) -> None:
     cars = widened(story)
     names = on_it(cars)
     cars.command("rollback")
@@ -174,7 +174,7 @@ def test_two_that_fail_to_come_back_freeze_the_others(story: Story) -> None:  # 
 
 
 def test_a_third_one_after_resume_freezes_again_only_with_as_many_more(
-    story: Story,  # noqa: F811
+    story: Story,
 ) -> None:
     cars = widened(story)
     names = on_it(cars)
@@ -195,7 +195,7 @@ def test_a_third_one_after_resume_freezes_again_only_with_as_many_more(
 
 @pytest.mark.parametrize("reason", ["download_failed", "link_lost", "lower_generation"])
 def test_what_says_nothing_about_the_way_back_freezes_nothing(
-    story: Story,  # noqa: F811
+    story: Story,
     reason: str,
 ) -> None:
     cars = widened(story)
@@ -209,7 +209,7 @@ def test_what_says_nothing_about_the_way_back_freezes_nothing(
     assert on_it(cars) == names[:5]
 
 
-def test_devices_that_went_silent_on_their_way_back_count(story: Story) -> None:  # noqa: F811
+def test_devices_that_went_silent_on_their_way_back_count(story: Story) -> None:
     cars = widened(story)
     names = on_it(cars)
     cars.command("rollback")
@@ -234,7 +234,7 @@ def test_devices_that_went_silent_on_their_way_back_count(story: Story) -> None:
     assert on_it(cars) == []
 
 
-def test_an_order_back_that_is_issued_again_thaws_nothing(story: Story) -> None:  # noqa: F811
+def test_an_order_back_that_is_issued_again_thaws_nothing(story: Story) -> None:
     cars = widened(story)
     names = on_it(cars)
     cars.command("rollback")
@@ -251,7 +251,7 @@ def test_an_order_back_that_is_issued_again_thaws_nothing(story: Story) -> None:
     assert {cars.world.orders[n][-1].kind for n in names[2:]} == {Kind.NONE}
 
 
-def test_a_fix_leads_on_who_stays_frozen(story: Story) -> None:  # noqa: F811
+def test_a_fix_leads_on_who_stays_frozen(story: Story) -> None:
     cars = widened(story)
     names = on_it(cars)
     cars.command("rollback")
@@ -271,7 +271,7 @@ def test_a_fix_leads_on_who_stays_frozen(story: Story) -> None:  # noqa: F811
     assert cars.world.orders[names[-1]][-1].kind is Kind.INSTALL
 
 
-def test_zero_watches_nothing(story: Story) -> None:  # noqa: F811
+def test_zero_watches_nothing(story: Story) -> None:
     cars = widened(story, abortFailed=0)
     names = on_it(cars)
     cars.command("rollback")
@@ -282,7 +282,7 @@ def test_zero_watches_nothing(story: Story) -> None:  # noqa: F811
     assert on_it(cars) == names[:9]
 
 
-def test_only_a_frozen_way_back_is_resumed(story: Story) -> None:  # noqa: F811
+def test_only_a_frozen_way_back_is_resumed(story: Story) -> None:
     cars = widened(story)
     cars.command("rollback")
     tick(cars, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,7 @@ from controller.store.tables import desired
 from telemetry.report import HealthRow
 from telemetry.store.database import reading
 
-_SPEC = importlib.util.spec_from_file_location(
-    "loop_story", Path(__file__).with_name("test_loop.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-loop = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(loop)
+from .story import DIGESTS, Story, base, fleet, rollout
 
 SOAKING = [{"cohort": "canary", "soak": "1h"}, {"cohort": "general"}]
 
@@ -30,7 +23,7 @@ SOAKING = [{"cohort": "canary", "soak": "1h"}, {"cohort": "general"}]
 @pytest.fixture
 def story(tmp_path: Path) -> Any:
     """Two fleets, each soaking on app-2; `rings` says whether somebody has poked."""
-    cars = loop.Story(tmp_path)
+    cars = Story(tmp_path)
     cars.rings = False
     cars.start()
     cars.loop = Loop(replace(cars.loop._ports, rung=lambda: cars.rings), cars.loop._issuer)
@@ -38,14 +31,14 @@ def story(tmp_path: Path) -> Any:
         cars.enrol(f"car-{i:02}", model="m3", ring="canary")
         cars.enrol(f"van-{i:02}", fleet="vans", model="v1", ring="canary")
         for name in (f"car-{i:02}", f"van-{i:02}"):
-            cars.world.join(name, {"app": ("app-1", loop.DIGESTS["1"])})
-    documents = [text for text in loop.base() if '"kind": "Fleet"' not in text]
-    vans = loop.fleet().replace('"name": "cars"', '"name": "vans"').replace("m3", "v1")
-    rival = loop.rollout("cars", "app-2", steps=SOAKING)
+            cars.world.join(name, {"app": ("app-1", DIGESTS["1"])})
+    documents = [text for text in base() if '"kind": "Fleet"' not in text]
+    vans = fleet().replace('"name": "cars"', '"name": "vans"').replace("m3", "v1")
+    rival = rollout("cars", "app-2", steps=SOAKING)
     other = rival.replace('"name": "cars"', '"name": "vans"').replace(
         '"fleet": "cars"', '"fleet": "vans"'
     )
-    cars.commit(*documents, loop.fleet(), vans, rival, other)
+    cars.commit(*documents, fleet(), vans, rival, other)
     cars.run(4)
     assert cars.rollout("cars").state == cars.rollout("vans").state == "Soaking"
     return cars

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,39 +19,33 @@ from controller.store.tables import approvals as table
 from controller.store.tables import audit, holds, rollouts
 from telemetry.store.database import reading, writing
 
+from .story import DIGESTS, MARGINS, Story, document, policy, release, rollout
+
 if TYPE_CHECKING:
     from conftest import House
 
-_spec = importlib.util.spec_from_file_location(
-    "loop_story", Path(__file__).with_name("test_loop.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-loop = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(loop)
-
 BOTH = {"start": "2", "widen": "2", "lift": "2", "recall": "2"}
 PAUSES = [
-    {"cohort": "canary", "soak": "3s", "maxSoak": "20s", "margins": loop.MARGINS, "pause": {}},
-    {"cohort": "general", "soak": "3s", "maxSoak": "20s", "margins": loop.MARGINS},
+    {"cohort": "canary", "soak": "3s", "maxSoak": "20s", "margins": MARGINS, "pause": {}},
+    {"cohort": "general", "soak": "3s", "maxSoak": "20s", "margins": MARGINS},
 ]
 
 
 @pytest.fixture
 def story(tmp_path: Path) -> Any:
-    made = loop.Story(tmp_path)
+    made = Story(tmp_path)
     canaries = [f"car-{i:02}" for i in range(12)]
     others = [f"car-{i:02}" for i in range(12, 40)]
     made.enrol(*canaries, model="m3", ring="canary", hardware="hw3")
     made.enrol(*others[:14], model="m3", hardware="hw3")
     made.enrol(*others[14:], model="m3", hardware="hw4")
     for name in canaries + others:
-        made.world.join(name, {"app": ("app-1", loop.DIGESTS["1"])})
+        made.world.join(name, {"app": ("app-1", DIGESTS["1"])})
     return made
 
 
 def fleet(rule: dict[str, str] | None = None) -> str:
-    return loop._document("Fleet", "cars", {
+    return document("Fleet", "cars", {
         "selector": {"matchLabels": {"model": "m3"}},
         "healthPolicy": "driving",
         "baseline": {"app": "app-1"},
@@ -65,8 +58,8 @@ def fleet(rule: dict[str, str] | None = None) -> str:
 
 
 def commit(story: Any, rule: dict[str, str] | None, to: str = "app-2", **more: Any) -> None:
-    releases = [loop.release(v) for v in ("1", "2", "3", "3.1")]
-    story.commit(fleet(rule), loop.policy(), *releases, loop.rollout("cars", to, **more))
+    releases = [release(v) for v in ("1", "2", "3", "3.1")]
+    story.commit(fleet(rule), policy(), *releases, rollout("cars", to, **more))
 
 
 def waiting(story: Any) -> Any:
@@ -185,8 +178,8 @@ def test_a_commit_that_leaves_the_plan_alone_leaves_its_votes(story: Any) -> Non
     story.run(3)
     first = waiting(story)
     story.commit(
-        fleet(BOTH), loop.policy(), *(loop.release(v) for v in ("1", "2")),
-        loop.rollout("cars", "app-2"),
+        fleet(BOTH), policy(), *(release(v) for v in ("1", "2")),
+        rollout("cars", "app-2"),
     )  # fmt: skip
     story.run(3)
     assert waiting(story).id == first.id
@@ -341,7 +334,7 @@ def _record(story: Any, kind: str, **more: Any) -> commands.Recorded:
 
 
 def versions_of(story: Any, *names: str) -> set[str]:
-    known = {digest: version for version, digest in loop.DIGESTS.items()}
+    known = {digest: version for version, digest in DIGESTS.items()}
     return {known[story.world.rows[name].components["app"].digest] for name in names}
 
 
@@ -458,8 +451,8 @@ def test_the_preview_tells_who_changes_who_waits_and_who_cannot_go_back(story: A
 
 def test_who_ran_nothing_before_cannot_go_back(story: Any) -> None:
     story.commit(
-        fleet().replace('"baseline": {"app": "app-1"}', '"baseline": {}'), loop.policy(),
-        *(loop.release(v) for v in ("1", "2", "3", "3.1")), loop.rollout("cars", "app-2"),
+        fleet().replace('"baseline": {"app": "app-1"}', '"baseline": {}'), policy(),
+        *(release(v) for v in ("1", "2", "3", "3.1")), rollout("cars", "app-2"),
     )  # fmt: skip
     for name in ("car-20", "car-21"):
         story.world.join(name, {})
@@ -472,9 +465,9 @@ def test_who_ran_nothing_before_cannot_go_back(story: Any) -> None:
 
 
 def test_a_one_way_release_takes_nobody_back(story: Any) -> None:
-    one_way = loop.release("2", rollback={"allowed": "no", "reason": "database format"})
-    others = [loop.release(v) for v in ("1", "3", "3.1")]
-    story.commit(fleet(), loop.policy(), one_way, *others, loop.rollout("cars", "app-2"))
+    one_way = release("2", rollback={"allowed": "no", "reason": "database format"})
+    others = [release(v) for v in ("1", "3", "3.1")]
+    story.commit(fleet(), policy(), one_way, *others, rollout("cars", "app-2"))
     story.run(30)
     shown = _preview(story, "rollback")
     assert (shown["devices"], shown["cannot"]["count"]) == (0, 40)

@@ -9,7 +9,7 @@ import pytest
 
 from device_agent.protocol import Kind
 
-from .test_loop import DIGESTS, Story, base, fleet, policy, release, rollout
+from .story import DIGESTS, Story, base, fleet, policy, release, rollout
 
 STRANGE = "sha256:" + "f" * 64
 STEPS = [
