@@ -14,6 +14,7 @@ Rules, in order:
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from device_agent import reconnect
 from device_agent.installers.slots import sync_directory
 from device_agent.machine import FetchRefused
 from device_agent.protocol import Reason
+from device_agent.reserve import LAST, room
 from device_agent.work import Item
 
 if TYPE_CHECKING:  # imported where they are used: 3 MiB that a device needs for downloads only
@@ -135,7 +137,8 @@ class Downloader:
             with error:
                 _refuse(error, url, part)
         except (http.client.HTTPException, OSError) as error:
-            if getattr(error, "errno", None) in (28, 122):
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                _drop(part)  # what was filled with it is free again
                 raise FetchRefused(Reason.DISK_FULL, str(error)) from error
             raise _Again(f"{url}: {error!r}") from error
         _finish(item, part, target)
@@ -157,6 +160,7 @@ class Downloader:
         with os.fdopen(descriptor, "r+b") as file:
             file.truncate(offset)
             file.seek(offset)
+            _fits(item, offset, part)
             synced = offset
             _note(part, offset, etag)
             while chunk := answer.read(_CHUNK):
@@ -200,6 +204,20 @@ def _refuse(error: urllib.error.HTTPError, url: str, part: Path) -> None:
     raise _Again(detail, after=min(float(after), 3_600.0) if after.isdecimal() else 0.0)
 
 
+def _fits(item: Item, offset: int, part: Path) -> None:
+    """Do not fill the disk to find that it is too small: others write to it, too."""
+    wanted, there = item.size - offset + LAST, room(part.parent)
+    if there < wanted:
+        _drop(part)
+        detail = f"{item.component}: {wanted} bytes are needed, {there} are free"
+        raise FetchRefused(Reason.DISK_FULL, detail)
+
+
+def _drop(part: Path) -> None:
+    for file in (part, _notes(part), _begun(part)):
+        file.unlink(missing_ok=True)
+
+
 def _continues(answer: http.client.HTTPResponse, offset: int) -> bool:
     return answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
 
@@ -226,8 +244,12 @@ def _notes(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
+def _begun(part: Path) -> Path:
+    return part.with_name(part.name + ".json.new")
+
+
 def _note(part: Path, offset: int, etag: str) -> None:
-    aside = part.with_name(part.name + ".json.new")
+    aside = _begun(part)
     aside.write_text(json.dumps({"offset": offset, "etag": etag}))
     aside.replace(_notes(part))
 

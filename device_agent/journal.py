@@ -12,6 +12,7 @@ from pathlib import Path
 
 from device_agent.codec import from_wire, to_wire
 from device_agent.record import Record
+from device_agent.reserve import Reserve
 
 
 class JournalBroken(RuntimeError):
@@ -19,20 +20,24 @@ class JournalBroken(RuntimeError):
 
 
 class Journal:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reserve: Reserve | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._reserve = reserve or Reserve()
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS record (id INTEGER PRIMARY KEY CHECK (id = 1), "
-                "format INTEGER NOT NULL, body TEXT NOT NULL)"
-            )
+            self._reserve.urgently(self._open)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise JournalBroken(f"{path}: {error}") from error
         self._path = path
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS record (id INTEGER PRIMARY KEY CHECK (id = 1), "
+            "format INTEGER NOT NULL, body TEXT NOT NULL)"
+        )
 
     def load(self) -> Record:
         """The last saved record; a fresh one before the first save. Raises JournalBroken."""
@@ -44,6 +49,9 @@ class Journal:
 
     def save(self, record: Record) -> None:
         body = json.dumps(to_wire(record), separators=(",", ":"))
+        self._reserve.urgently(lambda: self._write(body))
+
+    def _write(self, body: str) -> None:
         self._db.execute(
             "INSERT INTO record VALUES (1, 1, ?) ON CONFLICT (id) DO UPDATE SET body=excluded.body",
             (body,),

@@ -2,17 +2,20 @@
 
 A power cut may lose the last messages (their loss shows as a gap in the sequence); an outage of
 days loses the oldest health first, and `lost` counts what went. What is unacknowledged is sent
-again; the server counts a (boot, seq) once.
+again; the server counts a (boot, seq) once. On a full disk samples are lost, and counted; a state
+report may take what was kept for it (`device_agent.reserve`).
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from device_agent.protocol import Channel
+from device_agent.reserve import Reserve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +27,18 @@ class Waiting:
 
 
 class Outbox:
-    def __init__(self, path: Path, *, max_messages: int = 5_000) -> None:
+    def __init__(
+        self, path: Path, reserve: Reserve | None = None, *, max_messages: int = 5_000
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._reserve = reserve or Reserve()
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._max = max_messages
+        self._unwritten = 0  # lost, and no room to write that down
+        self._reserve.urgently(self._open)
+        self._count: int = self._db.execute("SELECT count(*) FROM message").fetchone()[0]
+
+    def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute(
@@ -35,20 +47,38 @@ class Outbox:
             "UNIQUE (boot, seq))"
         )
         self._db.execute("CREATE TABLE IF NOT EXISTS lost (n INTEGER NOT NULL)")
-        self._max = max_messages
-        self._count: int = self._db.execute("SELECT count(*) FROM message").fetchone()[0]
 
     def __len__(self) -> int:
         return self._count
 
     def put(self, boot: str, seq: int, channel: Channel, payload: bytes) -> None:
-        self._db.execute(
-            "INSERT INTO message (boot, seq, channel, payload) VALUES (?, ?, ?, ?)",
-            (boot, seq, channel.value, payload),
-        )
+        row = (boot, seq, channel.value, payload)
+        sample = channel is Channel.HEALTH
+        if (sample and self._reserve.scarce) or not self._kept(self._add, row, urgent=not sample):
+            self._unwritten += 1
+            return
         self._count += 1
         if self._count > self._max:
-            self._shed()
+            self._kept(self._shed)
+
+    def _kept(self, write: Callable[..., object], *words: object, urgent: bool = True) -> bool:
+        """Written, be it (when `urgent`) into the room that was kept for that?"""
+        act = partial(write, *words)
+        try:
+            if urgent:
+                self._reserve.urgently(act)
+            else:
+                act()
+        except sqlite3.OperationalError as error:
+            if not self._reserve.is_full(error):
+                raise
+            return False
+        return True
+
+    def _add(self, row: tuple[str, int, str, bytes]) -> None:
+        self._db.execute(
+            "INSERT INTO message (boot, seq, channel, payload) VALUES (?, ?, ?, ?)", row
+        )
 
     def oldest(self, limit: int, *, without: Collection[tuple[str, int]] = ()) -> list[Waiting]:
         """The first `limit` messages in order of writing that are not among `without`."""
@@ -64,19 +94,23 @@ class Outbox:
         return waiting[:limit]
 
     def acknowledge(self, boot: str, ranges: Iterable[tuple[int, int]]) -> None:
-        """Forget what the server has committed."""
+        """Forget what the server has committed; without room for that, it is sent once more."""
         for first, last in ranges:
-            done = self._db.execute(
-                "DELETE FROM message WHERE boot = ? AND seq BETWEEN ? AND ?", (boot, first, last)
-            )
-            self._count -= done.rowcount
+            self._kept(self._forget, boot, first, last)
+
+    def _forget(self, boot: str, first: int, last: int) -> None:
+        done = self._db.execute(
+            "DELETE FROM message WHERE boot = ? AND seq BETWEEN ? AND ?", (boot, first, last)
+        )
+        self._count -= done.rowcount
 
     def take_lost(self) -> int:
         """Messages lost since the last call."""
+        unwritten, self._unwritten = self._unwritten, 0
         (n,) = self._db.execute("SELECT coalesce(sum(n), 0) FROM lost").fetchone()
-        if n:
-            self._db.execute("DELETE FROM lost")
-        return int(n)
+        if n and not self._kept(self._db.execute, "DELETE FROM lost"):
+            n = 0  # told when it can be forgotten
+        return int(n) + unwritten
 
     def close(self) -> None:
         self._db.close()

@@ -36,6 +36,7 @@ from device_agent.link import Link
 from device_agent.machine import Disk, boot_id
 from device_agent.outbox import Outbox
 from device_agent.protocol import MAX_MESSAGE_BYTES
+from device_agent.reserve import Reserve
 
 Job = Callable[[], Event | None]
 
@@ -57,8 +58,10 @@ class Runner:
     ) -> None:
         self._identity = identity
         self._cadence = cadence or Cadence()
-        self._journal = Journal(directory / "journal.db")
-        self._outbox = Outbox(directory / "outbox.db")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._reserve = Reserve(directory / "reserve")
+        self._journal = Journal(directory / "journal.db", self._reserve)
+        self._outbox = Outbox(directory / "outbox.db", self._reserve)
         self.agent = Agent(identity, self._journal, self._outbox, settings)
         # Simple queues and a plain flag: `stop` may interrupt the thread that runs `run` at any
         # line, also where a Queue or an Event holds its lock, and would wait for it for ever.
@@ -117,6 +120,7 @@ class Runner:
         now = time.time()
         self._handle(Tick(facts=self._sampler.facts(now)))
         if self._sampler.due():
+            self._reserve.lay()
             sampled = self._sampler.sample(self.agent.running(), now)
             if sampled is not None:
                 self._handle(sampled)

@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import socket
+import sqlite3
 import sys
 import time
 import uuid
@@ -46,7 +47,7 @@ from device_agent.agent import (
     Tick,
 )
 from device_agent.download import Downloader, Patience
-from device_agent.journal import Journal
+from device_agent.journal import Journal, JournalBroken
 from device_agent.link import SESSION_SECONDS
 from device_agent.machine import Disk, boot_id, hash_file
 from device_agent.mqtt import PacketTypes, Properties, mqtt, secure
@@ -59,6 +60,7 @@ from device_agent.work import SelfTestsDone
 MOST = 1_000  # devices in one process
 KEEPALIVE = 60
 _TICK = 1.0
+_RESTART = 5.0  # seconds after which a supervisor starts an agent that has ended
 _FACTORY_BOOT = "factory"
 
 
@@ -309,6 +311,7 @@ class Device:
         self._ran: dict[str, str] = {}
         self._crashes = 0
         self._working: asyncio.Task[None] | None = None
+        self._restart: asyncio.Task[None] | None = None
         self._journal: Journal | None = None
         self._outbox: Outbox | None = None
         self._agent: Agent | None = None
@@ -325,9 +328,14 @@ class Device:
 
     def start(self) -> None:
         limits = Limits(trial_soak=self._plan.trial_soak, trial_deadline=self._plan.trial_deadline)
-        self._journal = Journal(self._directory / "journal.db")
-        self._outbox = Outbox(self._directory / "outbox.db", max_messages=20_000)
-        self._agent = Agent(self._identity, self._journal, self._outbox, Settings(limits=limits))
+        try:
+            self._journal = Journal(self._directory / "journal.db")
+            self._outbox = Outbox(self._directory / "outbox.db", max_messages=20_000)
+            settings = Settings(limits=limits)
+            self._agent = Agent(self._identity, self._journal, self._outbox, settings)
+        except (sqlite3.Error, JournalBroken) as error:
+            self._fail(error)
+            return
         self._follow_slots()
         self._working = self._loop.create_task(self._work())
         # The simulated machine boots when a script cuts its power, not when we are killed.
@@ -342,9 +350,23 @@ class Device:
 
     async def crash(self) -> None:
         """The power is cut; the next start continues from the journal."""
+        self._crashes += 1
+        await self._begin_again()
+
+    def _fail(self, error: Exception) -> None:
+        """What ends an agent's process ends this device's alone, and its supervisor starts it."""
+        sys.stderr.write(f"{self.name}: {error}; again in {_RESTART:g} s\n")
+        self._agent = None
+        self._restart = self._loop.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        self._link.abandon()
+        await asyncio.sleep(_RESTART)
+        await self._begin_again()
+
+    async def _begin_again(self) -> None:
         self._link.abandon()
         await self._put_down()
-        self._crashes += 1
         self._effects = asyncio.Queue()
         self._link = AsyncLink(self._identity, self._loop, self._handle)
         self._connect_at = 0.0
@@ -352,13 +374,15 @@ class Device:
 
     async def _put_down(self) -> None:
         self._agent = None
-        if self._working is not None:
-            self._working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._working
+        for task in (self._working, self._restart):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         for store in (self._journal, self._outbox):
             if store is not None:
                 store.close()
+        self._journal = self._outbox = None
 
     # -- faults -----------------------------------------------------------------------------------
 
@@ -413,7 +437,12 @@ class Device:
             return
         if isinstance(event, Connected):
             self._wait = 0.5
-        for effect in agent.handle(event, self._now()):
+        try:
+            effects = agent.handle(event, self._now())
+        except sqlite3.Error as error:
+            self._fail(error)
+            return
+        for effect in effects:
             if isinstance(effect, Publish):
                 self._link.publish(effect)
             elif not isinstance(effect, work.Cancel):

@@ -23,6 +23,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -115,6 +116,8 @@ class Slots:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             reason = Reason.DISK_FULL if full else Reason.INSTALL_FAILED
+            with suppress(OSError):  # what was filled with it is free again
+                self._empty(component, name)
             raise InstallRefused(reason, f"{component}: {error}") from error
         if not self.intact(slot):
             raise InstallRefused(Reason.INSTALL_FAILED, f"{component}: read back differently")

@@ -14,7 +14,9 @@ import pytest
 from device_agent.download import Downloader, Patience
 from device_agent.machine import FetchRefused, hash_file
 from device_agent.protocol import Reason
+from device_agent.reserve import LAST
 from device_agent.work import Item
+from tests.disks import fill, small
 
 BODY = bytes(range(256)) * 1000
 QUICK = Patience(deadline=20.0, timeout=2.0, first_wait=0.01, longest_wait=0.02)
@@ -153,3 +155,32 @@ def test_only_the_enrolled_origin_gets_our_credentials(tmp_path: Path, serve: An
     loader(item(url, serve(mirror)), tmp_path / "x")
     assert home.authorized[0] is not None
     assert mirror.authorized == [None]
+
+
+def test_what_does_not_fit_is_refused_before_it_fills_the_disk(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("device_agent.download.room", lambda _: LAST + len(BODY) - 1)
+    with pytest.raises(FetchRefused, match="bytes are needed") as refused:
+        fetch(tmp_path / "x", item(serve(Site(whole))))
+    assert refused.value.reason is Reason.DISK_FULL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_meanwhile_gets_its_room_back(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    monkeypatch.setattr("device_agent.download.room", lambda _: 1 << 40)  # before it was filled
+
+    def and_then_it_is_full(request: BaseHTTPRequestHandler, number: int) -> None:
+        fill(disk)
+        whole(request, number)
+
+    with small(disk, 8) as mounted:
+        if not mounted:
+            pytest.skip("only root may mount a small file system here")
+        with pytest.raises(FetchRefused) as refused:
+            fetch(disk / "x", item(serve(Site(cut, and_then_it_is_full))))
+        assert refused.value.reason is Reason.DISK_FULL
+        assert {file.name for file in disk.iterdir()} == {"filler"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from controller.controller_role import _Turns
 from controller.store import rollouts as store
 from controller.store.tables import stops
 from telemetry.store.database import reading, writing
+from tests.disks import fill, small
 
 from .story import Story, base, rollout
 
@@ -25,23 +24,10 @@ ROOM = 96  # MiB
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system of this test's own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "filler").open("ab", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                continue
+    with small(tmp_path / "disk", ROOM) as mounted:
+        if not mounted:
+            pytest.skip("only root may mount a small file system here")
+        yield tmp_path / "disk"
 
 
 def _begin(cars: Story) -> Story:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
@@ -19,11 +20,12 @@ from paho.mqtt import client as mqtt
 
 from controller.cli.stage import behaviour, bundle
 from controller.keys import DirectorKey
-from device_agent import protocol
+from device_agent import protocol, simulator
 from device_agent.agent import Identity
 from device_agent.installers.slots import Slots
 from device_agent.journal import Journal
 from device_agent.machine import hash_file
+from device_agent.outbox import Outbox
 from device_agent.protocol import ComponentOrder, Desired, Health, Kind, Reported, State
 from device_agent.simulator import MOST, Fleet, Image, Plan, Script, scripts, split
 
@@ -280,6 +282,40 @@ def test_scripted_faults_end_and_devices_come_back(
         seen = len(director.health.get("car-00", ()))
         director.until(lambda: len(director.health.get("car-00", ())) > seen + 3)
     assert director.last["car-02"].boot_count == 1
+
+
+def test_a_device_that_cannot_write_ends_alone_and_is_started_again(
+    port: int, director: Director, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = enrolled(tmp_path / "cars", 3, port, director.key, "http://127.0.0.1:9")
+    plan = Plan(root=str(tmp_path / "cars"), devices=names, health_interval=0.5)
+    full = threading.Event()
+
+    class Disks(Outbox):
+        def __init__(self, path: Path, **more: Any) -> None:
+            self._car = path.parent.name
+            if full.is_set() and self._car == "car-00":
+                raise sqlite3.OperationalError("unable to open database file")
+            super().__init__(path, **more)
+
+        def put(self, *words: Any) -> None:
+            if full.is_set() and self._car == "car-00":
+                raise sqlite3.OperationalError("database or disk is full")
+            super().put(*words)
+
+    monkeypatch.setattr(simulator, "Outbox", Disks)
+    monkeypatch.setattr(simulator, "_RESTART", 0.2)
+    with Running(plan):
+        director.until(lambda: len(director.last) == 3)
+        boots = {name: director.last[name].boot for name in names}
+        full.set()
+        seen = len(director.health.get("car-01", ()))
+        director.until(lambda: len(director.health.get("car-01", ())) > seen + 3)
+        full.clear()
+        director.until(lambda: director.last["car-00"].boot != boots["car-00"])
+        seen = len(director.health.get("car-00", ()))
+        director.until(lambda: len(director.health.get("car-00", ())) > seen + 1)
+    assert {n for n in names if director.last[n].boot != boots[n]} == {"car-00"}
 
 
 def test_a_plan_travels_as_json() -> None:

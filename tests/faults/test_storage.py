@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.disks import fill, small
+
 from .conftest import eventually
 from .estate import PATIENCE, Estate
 from .postgres import Postgres
@@ -43,11 +45,8 @@ def rounds(request: pytest.FixtureRequest) -> int:
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A small file system of our own, where one may be mounted; else a folder."""
     place = tmp_path_factory.mktemp("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}m", "tmpfs", str(place)]
-    mounted = os.geteuid() == 0 and not subprocess.run(mount, capture_output=True).returncode
-    yield place
-    if mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    with small(place, ROOM):
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +62,6 @@ def estate(disk: Path) -> Iterator[Estate]:
 @pytest.fixture
 def dice() -> random.Random:
     return random.Random(seed())
-
-
-def fill(disk: Path) -> Path:
-    """Take the last byte of the disk."""
-    filler = disk / "filler"
-    with filler.open("ab", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                continue
-    return filler
 
 
 def test_locked_databases_and_a_full_disk(
