@@ -10,8 +10,13 @@ from collections.abc import Iterable
 
 
 def same_person(one: str, other: str) -> bool:
-    """`Ann <ann@example.com>`, `ann@example.com`, `Ann` and `ann (cli)` are one person."""
-    return not _names(one).isdisjoint(_names(other))
+    """`Ann <ann@example.com>`, `ann@example.com`, `Ann` and `ann (cli)` are one person.
+
+    A bare `ann` is whoever has that mailbox, at any host: in doubt two names are one person's. Two
+    whole addresses are one person's only if they are equal.
+    """
+    a, b = _names(one), _names(other)
+    return not (a.isdisjoint(b) and a.isdisjoint(_mailboxes(b)) and b.isdisjoint(_mailboxes(a)))
 
 
 def are_several(names: Iterable[str]) -> bool:
@@ -25,3 +30,7 @@ def _names(text: str) -> set[str]:
     name, _, rest = text.partition("<")
     found = {part.strip().casefold() for part in (text, name, rest.rstrip("> "))}
     return found - {""}
+
+
+def _mailboxes(names: set[str]) -> set[str]:
+    return {name.partition("@")[0] for name in names if "@" in name and "<" not in name}
