@@ -14,6 +14,8 @@ from device_agent.codec import from_wire, to_wire
 from device_agent.record import Record
 from device_agent.reserve import Reserve
 
+WAL_PAGES = 128  # half a MiB: SQLite's own 1,000 are much of a small device's disk
+
 
 class JournalBroken(RuntimeError):
     """The journal cannot be read: the device keeps what it runs and needs a person."""
@@ -34,6 +36,7 @@ class Journal:
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS record (id INTEGER PRIMARY KEY CHECK (id = 1), "
             "format INTEGER NOT NULL, body TEXT NOT NULL)"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from device_agent.journal import WAL_PAGES
 from device_agent.protocol import Channel
 from device_agent.reserve import Reserve
 
@@ -41,6 +42,7 @@ class Outbox:
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS message (id INTEGER PRIMARY KEY, boot TEXT NOT NULL, "
             "seq INTEGER NOT NULL, channel TEXT NOT NULL, payload BLOB NOT NULL, "

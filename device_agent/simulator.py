@@ -355,7 +355,8 @@ class Device:
 
     def _fail(self, error: Exception) -> None:
         """What ends an agent's process ends this device's alone, and its supervisor starts it."""
-        sys.stderr.write(f"{self.name}: {error}; again in {_RESTART:g} s\n")
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            sys.stderr.write(f"{self.name}: {error}; again in {_RESTART:g} s\n")
         self._agent = None
         self._restart = self._loop.create_task(self._recover())
 
@@ -620,8 +621,9 @@ class Fleet:
 
 def _say(word: Mapping[str, Any]) -> None:
     """One JSON line for each thing that the parent waits for."""
-    sys.stdout.write(json.dumps(word) + "\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # on a full disk nobody reads of it
+        sys.stdout.write(json.dumps(word) + "\n")
+        sys.stdout.flush()
 
 
 def scripts(data: object) -> tuple[Script, ...]:

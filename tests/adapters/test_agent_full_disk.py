@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from device_agent.agent import Connected, DesiredArrived, Disconnected, HealthSampled
 from device_agent.installers.slots import InstallRefused, Slots
+from device_agent.journal import Journal
 from device_agent.outbox import Outbox
 from device_agent.protocol import Channel, Kind, Reason, State
 from device_agent.reserve import LAST, SIZE, Reserve, room
@@ -64,6 +66,7 @@ def test_a_full_disk_loses_samples_and_no_order(disk: Path, server: Server) -> N
     assert device.reports[-1].state is State.ROLLED_BACK
     assert not (disk / "car/reserve").exists()
     device.do(Disconnected())
+    (disk / "theirs").write_bytes(bytes(room(disk) - LAST - 256 * 1024))  # somebody was faster
     drive(device, 3_000)
     assert LAST - 64 * 1024 < room(disk) < LAST  # samples took what was freed, but the last of it
 
@@ -125,3 +128,15 @@ def test_a_bundle_that_does_not_fit_leaves_its_slot_empty(disk: Path, tmp_path: 
         slots.install("app", "2", "sha256:" + "0" * 64, bundle)
     assert refused.value.reason is Reason.DISK_FULL
     assert room(disk) > (ROOM - 1) << 20
+
+
+def test_years_of_samples_and_updates_take_a_few_mebibytes(tmp_path: Path) -> None:
+    journal, outbox = Journal(tmp_path / "journal.db"), Outbox(tmp_path / "outbox.db")
+    record = journal.load()
+    for seq in range(3_000):
+        outbox.put("b", seq, Channel.HEALTH, bytes(500))
+        outbox.acknowledge("b", [(seq, seq)])
+        journal.save(replace(record, boot_count=seq))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2 << 20
+    journal.close()
+    outbox.close()
