@@ -12,7 +12,7 @@ from controller.cli.options import SERVER, Server, Token
 
 if TYPE_CHECKING:
     from controller.cli.client import Api
-    from device_agent.simulator import Image, Script
+    from device_agent.simulator.plan import Image, Script
 
 _ENROLLING = "enrolling.json"
 
@@ -59,7 +59,7 @@ def simulate(
     Each device runs the real agent with its own session, journal and slots; what it does follows
     from `behaviour.json` of the bundle in its active slot. Prints one JSON line an event.
     """
-    from device_agent.simulator import Plan
+    from device_agent.simulator.plan import Plan
 
     directory.mkdir(parents=True, exist_ok=True)
     if tokens is not None:
@@ -95,7 +95,7 @@ def _enrolled(directory: Path) -> list[str]:
 def _wanted(
     count: int, name: str, fleet: str, seed: str, labels: list[str]
 ) -> list[dict[str, Any]]:
-    from device_agent.simulated_machine import share
+    from device_agent.simulator.machine import share
 
     fixed = {}
     for text in labels:
@@ -262,7 +262,7 @@ def _claim_one(directory: Path, server: str, token: str) -> str:
 
 
 def _image(text: str) -> Image:
-    from device_agent.simulator import Image
+    from device_agent.simulator.plan import Image
 
     parts = text.split("=", 2)
     if len(parts) != 3 or not Path(parts[2]).is_file():
@@ -273,7 +273,7 @@ def _image(text: str) -> Image:
 def _faults(file: Path | None) -> tuple[Script, ...]:
     import json
 
-    from device_agent.simulator import scripts
+    from device_agent.simulator.plan import scripts
 
     if file is None:
         return ()
@@ -291,7 +291,7 @@ def _run(plan: Any, directory: Path, processes: int) -> int:
     import time
     from dataclasses import replace
 
-    from device_agent.simulator import split
+    from device_agent.simulator.plan import split
 
     commands = []
     for index, part in enumerate(split(plan.devices, processes)):

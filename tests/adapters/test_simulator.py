@@ -20,14 +20,16 @@ from paho.mqtt import client as mqtt
 
 from controller.cli.stage import behaviour, bundle
 from controller.keys import DirectorKey
-from device_agent import protocol, simulator
+from device_agent import protocol
 from device_agent.agent import Identity
 from device_agent.installers.slots import Slots
 from device_agent.journal import Journal
 from device_agent.machine import hash_file
 from device_agent.outbox import Outbox
 from device_agent.protocol import ComponentOrder, Desired, Health, Kind, Reported, State
-from device_agent.simulator import MOST, Fleet, Image, Plan, Script, scripts, split
+from device_agent.simulator import device as simulated
+from device_agent.simulator.fleet import Fleet
+from device_agent.simulator.plan import MOST, Image, Plan, Script, scripts, split
 
 COMPONENT = "autopilot"
 
@@ -303,8 +305,8 @@ def test_a_device_that_cannot_write_ends_alone_and_is_started_again(
                 raise sqlite3.OperationalError("database or disk is full")
             super().put(*words)
 
-    monkeypatch.setattr(simulator, "Outbox", Disks)
-    monkeypatch.setattr(simulator, "_RESTART", 0.2)
+    monkeypatch.setattr(simulated, "Outbox", Disks)
+    monkeypatch.setattr(simulated, "RESTART", 0.2)
     with Running(plan):
         director.until(lambda: len(director.last) == 3)
         boots = {name: director.last[name].boot for name in names}

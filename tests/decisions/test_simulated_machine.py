@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from device_agent.simulated_machine import (
+from device_agent.simulator.machine import (
     Behaviour,
     BehaviourError,
     Driver,
