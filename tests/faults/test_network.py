@@ -31,6 +31,8 @@ from telemetry.store.tables import create_schema
 from .conftest import Processes, eventually
 from .proxy import FAULTS, Proxy, moments, seed
 
+pytestmark = pytest.mark.timeout(1_800)  # of the long ones: half a second to four a round
+
 DIGEST = "sha256:" + "a" * 64
 PATIENCE = 60.0
 ROUNDS = 10
