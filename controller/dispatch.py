@@ -167,7 +167,12 @@ class Dispatch:
         if target is None:
             return None
         last = place.last
-        again = place.foreign or self._stale(last, row, now) or _back_there(place, target)
+        again = (
+            place.foreign
+            or self._stale(last, row, now)
+            or _back_there(place, target)
+            or _told_once_more(place)
+        )
         if not (again or desired.differs(target, last, place.running)):
             return None
         if last is None and row is None:
@@ -310,6 +315,15 @@ def _back_there(place: desired.Place, target: desired.Target) -> bool:
     """Is what it failed at the only way away from what it runs? Then it is told that once more."""
     leads_away = place.failed and target.kind is Kind.ROLLBACK
     return leads_away and desired.moves(target, place.running)
+
+
+def _told_once_more(place: desired.Place) -> bool:
+    """Has a rollout told it again, after it went back from this very order? (`rollout.follow`)"""
+    last = place.last
+    if last is None or not place.failed:
+        return False
+    told = (m.told_at for _, m in place.memberships if m.state is MemberState.TOLD)
+    return any(at is not None and at > last.at for at in told)
 
 
 def _leads_away(place: desired.Place, target: desired.Target) -> bool:

@@ -5,8 +5,9 @@ Pure. Rules, in order:
 1. A device that was moved, retired, replaced or quarantined since it was drawn has left: it is in
    no denominator from that instant on.
 2. A member that was not told is decided by nothing.
-3. A failure reported under this attempt counts as failed; a device that rolled itself back for want
-   of a link counts as failed only when the server could hear all the while.
+3. A failure reported under this attempt counts as failed. A device that rolled itself back for want
+   of a link failed only if the server could hear all the while; else it is told once more, and what
+   counts is its answer to that.
 4. The whole target, committed: updated. An earlier silence is forgiven by that.
 5. Activated and then unheard for longer than the patience, on the hearing clock: silent.
    Merely offline before the activation is neither failed nor silent.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from controller.rollout.model import Arm, Device, Member, MemberState, Rollout
+from controller.rollout.model import Arm, Device, Member, MemberState, Order, Rollout
 from device_agent.protocol import Reason, State
 from telemetry.report import DeviceRow
 
@@ -33,6 +34,7 @@ _NOT_THE_RELEASE = frozenset(
 
 
 AFTER_COMMIT = "after its commit"  # a silent device that had confirmed the update before
+LINK_WAS_DOWN = "rolled itself back while our own link was down: it is told once more"
 
 
 def follow(
@@ -45,8 +47,12 @@ def follow(
     patience: float,
     deaf: Sequence[tuple[float, float]],
     now: float,
+    order: Order | None = None,
 ) -> Member:
-    """The member after the device's last word; the same object when nothing changed."""
+    """The member after the device's last word; the same object when nothing changed.
+
+    `order`: the last one that was issued to the device.
+    """
     if member.state in _DECIDED_FOREVER:
         return member
     if _left(member, device, rollout):
@@ -59,7 +65,9 @@ def follow(
     member = _exposure(member, rollout, row, now)
     mine = row.attempt == member.attempt
     if mine and row.state in _FAILED and row.reason != Reason.ORDERED:
-        return _failed(member, row, deaf, now)
+        if row.reason == Reason.LINK_LOST:
+            return _link_lost(member, row, order, deaf, now)
+        return _failed(member, row, now)
     quiet = unheard(row, hearing, now) > patience
     if runs_target(row, rollout, committed=True) and not quiet:
         return _become(member, MemberState.UPDATED, "", now)
@@ -120,17 +128,38 @@ def _activated(member: Member, row: DeviceRow) -> bool:
     return member.exposed_at is not None or (mine and row.state is State.ACTIVATING)
 
 
-def _failed(
-    member: Member, row: DeviceRow, deaf: Sequence[tuple[float, float]], now: float
-) -> Member:
+def _failed(member: Member, row: DeviceRow, now: float) -> Member:
     reason = row.reason or str(row.state)
     if reason in _NOT_THE_RELEASE:
         return member if member.reason == reason else replace(member, reason=reason, updated_at=now)
-    since = member.exposed_at or member.told_at or now
-    if reason == Reason.LINK_LOST and any(end > since for _, end in deaf):
-        sentence = "rolled itself back while our own link was down: inconclusive"
-        return _become(member, MemberState.TOLD, sentence, now)
     return _become(member, MemberState.FAILED, reason, now)
+
+
+def _link_lost(
+    member: Member,
+    row: DeviceRow,
+    order: Order | None,
+    deaf: Sequence[tuple[float, float]],
+    now: float,
+) -> Member:
+    """Judged when it is heard: outages from before it was told, or after, say nothing of it."""
+    if member.state is MemberState.FAILED or member.reason == LINK_WAS_DOWN:
+        return member
+    told = member.told_at or now
+    if order is not None and (order.at < told or row.generation < order.generation):
+        return member  # told once more: it has not answered yet
+    since = max(told, member.exposed_at or told)
+    if any(end > since for _, end in deaf):
+        return _become(member, MemberState.TOLD, LINK_WAS_DOWN, now)
+    return _failed(member, row, now)
+
+
+def wants_telling(member: Member) -> bool:
+    """Is it to be told, for the first time or once more?"""
+    if member.arm is Arm.CONTROL:
+        return False
+    again = member.state is MemberState.TOLD and member.reason == LINK_WAS_DOWN
+    return again or (member.state is MemberState.DRAWN and member.arm is Arm.EXPOSED)
 
 
 def _become(member: Member, state: MemberState, reason: str, now: float) -> Member:

@@ -23,9 +23,9 @@ from controller.manifests.kinds import OfflineAction, Window
 from controller.rollout import scope, step, telling, windows
 from controller.rollout.case import outcome
 from controller.rollout.cohort import rank
+from controller.rollout.follow import wants_telling
 from controller.rollout.model import (
     ActiveHold,
-    Arm,
     Member,
     MemberState,
     Rollout,
@@ -34,7 +34,6 @@ from controller.rollout.model import (
 from controller.rollout.retreat import came_back, failed_back, nowhere_to_go, rejecting, stays
 from controller.rollout.standing import Alike, count_after, overdue, patience, reachable
 from controller.rollout.world import World
-from device_agent.protocol import Reason
 from telemetry.report import DeviceRow
 
 LATELY = 60.0  # seconds that maxPerMinute looks back
@@ -66,7 +65,6 @@ class Muster:
         self._stands: dict[str, Stand] = {}
         self._shared: dict[Stand, Stand] = {}  # one object for all that stand alike
         self._told: list[float] = []  # when members of this step were told lately, in order
-        self._link_lost: set[str] = set()
         self._quiet, self._asleep = _Moments(), _Moments()
         self._zones: dict[str, str] = {}  # time zone → what the windows said there last
         self._mark(world, rollout, now)
@@ -109,8 +107,6 @@ class Muster:
         if now < self._now or world.hearing < self._hearing:
             return None
         due = self._quiet.due(world.hearing) + self._asleep.due(now)
-        if tuple(world.deaf) != self._deaf:
-            due += self._link_lost
         declared = world.pinned[rollout.id].rollout.windows
         if windows.instant(declared, now) != self._instant and self._zones:
             before = dict(self._zones)
@@ -132,7 +128,7 @@ class Muster:
         self.touch(world, rollout, self.waiting(), now)
 
     def _mark(self, world: World, rollout: Rollout, now: float) -> None:
-        self._hearing, self._now, self._deaf = world.hearing, now, tuple(world.deaf)
+        self._hearing, self._now = world.hearing, now
         self._instant = windows.instant(world.pinned[rollout.id].rollout.windows, now)
 
     def _derive(
@@ -149,10 +145,9 @@ class Muster:
             zone = windows.zone_of(world.devices[device])
             if zone not in self._zones:
                 self._zones[zone] = windows.word(context.windows, zone, now)
-        row = world.seen.get(device)
-        _keep(self._link_lost, device, row is not None and row.reason == Reason.LINK_LOST)
         _keep(self.moving, device, after.moves)
-        _keep(self.unsaid, device, bool(after.why) and after.why != member.reason)
+        drawn = member.state is MemberState.DRAWN  # who is told once more keeps saying why
+        _keep(self.unsaid, device, drawn and bool(after.why) and after.why != member.reason)
         if before is after:
             return False
         self._stands[device] = after
@@ -161,7 +156,8 @@ class Muster:
             self.ready.add(device)
         else:
             self.ready.discard(device)
-        fresh = before is None or before.alike.state is MemberState.DRAWN
+        drawn = before is not None and before.alike.state is MemberState.DRAWN
+        fresh = drawn or before is None or before.why is not None
         at = member.told_at if context.paced and fresh else None
         if at is not None and at > now - LATELY and member.step == rollout.step:
             insort(self._told, at)
@@ -229,8 +225,8 @@ def _stand(world: World, rollout: Rollout, context: _Context, member: Member, no
     else:
         after = step.followed(world, rollout, member, context.patience, context.partial, now)
     why = None
-    drawn = member.state is MemberState.DRAWN and member.arm is Arm.EXPOSED
-    if drawn and near and after is member and member.step == rollout.step and not back:
+    here = member.step == rollout.step or member.state is MemberState.TOLD
+    if wants_telling(member) and near and after is member and here and not back:
         pinned = world.pinned[rollout.id]
         why = telling.waits(world, rollout, pinned, member, context.others, now)
     note = ""

@@ -90,6 +90,7 @@ def followed(
         patience=limit,
         deaf=world.deaf,
         now=now,
+        order=world.orders.get(member.device),
     )
 
 

@@ -1,7 +1,8 @@
 """Decides who is told now: within the step's limits, outside Deny windows, one component at a time.
 
 Pure. A device that was never heard, or is out of reach, waits and blocks nobody; one that waits for
-a requirement, a window or another component says so in its reason.
+a requirement, a window or another component says so in its reason. Who went back for want of a link
+while ours was down is told once more, within the same limits.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def told(
             members[device],
             state=MemberState.TOLD,
             reason="",
-            attempt=f"{rollout.id}.{rollout.step}",
+            attempt=members[device].attempt or f"{rollout.id}.{rollout.step}",
             told_at=now,
-            previous=opening.previous(world.seen[device], rollout),
+            previous=members[device].previous or opening.previous(world.seen[device], rollout),
             updated_at=now,
         )
 

@@ -47,6 +47,7 @@ class World:
         self.heard = 0.0
         self.now = 1_000_000.0
         self.orders: dict[str, list] = defaultdict(list)
+        self.deaf_since: float | None = None
         self.broker_up = True
         self.broken: set[str] = set()  # versions that fail to boot
 
@@ -59,7 +60,7 @@ class World:
         return self.batch
 
     def hearing(self) -> tuple[float, float]:
-        return self.heard, self.now
+        return self.heard, self.deaf_since or self.now
 
     def devices_changed(self, since: int, *, limit: int | None = None) -> Sequence[DeviceRow]:
         return sorted((r for r in self.rows.values() if r.change > since), key=lambda r: r.change)
