@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from controller.manifests.kinds import Selector
 from controller.rollout.model import ActiveHold, Arm, Device, Member, MemberState, Rollout
-from controller.rollout.waves import RAMPS, Pinned
+from controller.rollout.waves import Pinned, plain_steps
 from controller.rollout.world import World
 from device_agent.protocol import ID
 
@@ -97,15 +97,23 @@ def empty(scope: Mapping[str, Any], pinned: Mapping[str, Any]) -> str:
     A selector is not asked: it may be meant for devices that are still to come.
     """
     cohorts = [str(cohort["name"]) for cohort in pinned.get("fleet", {}).get("cohorts", ())]
-    steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
-    waves = len(steps) + sum(bool(step.get("keep_back")) for step in steps)
-    waves = len(RAMPS) if pinned.get("recall") else waves + bool(pinned.get("fixes"))
+    waves = len(plain_steps(pinned)) + bool(pinned.get("fixes"))
     match next(iter(scope.items()), ("all", True)):
         case ("cohort", name) if cohorts and name not in cohorts:
             return f"the fleet has no cohort {name}: {', '.join(cohorts)}"
+        case ("cohort", _) if pinned.get("recall"):
+            return "a recall goes to the whole fleet, not by cohorts: name its steps or devices"
+        case ("cohort", name) if waves and name not in reached(pinned):
+            return f"no step of it is of cohort {name}: {', '.join(reached(pinned))}"
         case ("step", number) if waves and int(number) >= waves:
             return f"it has no step {int(number) + 1}: its last one is step {waves}"
     return ""
+
+
+def reached(pinned: Mapping[str, Any]) -> list[str]:
+    """The cohorts that a rollout goes by; a recall goes by none."""
+    steps = () if pinned.get("recall") else plain_steps(pinned)
+    return list(dict.fromkeys(str(step["cohort"]) for step in steps))
 
 
 def named(scope: Mapping[str, Any]) -> bool:

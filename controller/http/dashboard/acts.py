@@ -32,6 +32,7 @@ from controller.preview import preview
 from controller.roles import Right
 from controller.rollout import scope
 from controller.rollout.model import ACTIVE
+from controller.rollout.waves import plain_steps
 from controller.store import lookups, views
 from telemetry.store.database import reading
 
@@ -135,12 +136,10 @@ def _dialog(
 
 def _scopes(pinned: Mapping[str, Any], part: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What the dialog offers besides everything: the steps, the cohorts, the device asked for."""
-    steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
-    waves = len(steps) + (1 if pinned.get("fixes") else 0)
-    cohorts = [str(c.get("name")) for c in pinned.get("fleet", {}).get("cohorts", ())]
+    waves = len(plain_steps(pinned)) + (1 if pinned.get("fixes") else 0)
     return [
         *((f"step:{n}", f"step {n + 1} alone") for n in range(waves)),
-        *((f"cohort:{name}", f"cohort {name} alone") for name in cohorts),
+        *((f"cohort:{name}", f"cohort {name} alone") for name in scope.reached(pinned)),
         *((f"device:{one}", f"device {one} alone") for one in (part or {}).get("devices", ())),
     ]
 
