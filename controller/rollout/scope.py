@@ -7,13 +7,14 @@ its rollout; a partial one takes its devices out of the rollout, which goes on w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from controller.manifests.kinds import Selector
+from controller.manifests.text import CONTROL
 from controller.rollout.model import ActiveHold, Arm, Device, Member, MemberState, Rollout
 from controller.rollout.waves import Pinned, plain_steps
 from controller.rollout.world import World
@@ -47,6 +48,8 @@ def checked(plain: Mapping[str, Any] | None) -> dict[str, Any]:
                 selector = Selector.model_validate(value)
             except ValidationError as error:
                 raise ValueError(f"scope: selector: {error.errors()[0]['msg']}") from None
+            if found := CONTROL.search("".join(_texts(selector))):
+                raise ValueError(f"scope: selector: without {found.group()!a}: it is a control")
             return {"selector": selector.model_dump(mode="json", by_alias=True)}
         case "devices" if isinstance(value, list | tuple) and 1 <= len(value) <= MOST_DEVICES:
             if all(isinstance(name, str) and ID.fullmatch(name) for name in value):
@@ -55,6 +58,14 @@ def checked(plain: Mapping[str, Any] | None) -> dict[str, Any]:
         f"scope: {kind}: write all: true, step: 0, cohort: canary, selector: {{matchLabels: "
         f"{{hardware: hw3}}}}, or devices: [up to {MOST_DEVICES} ids]"
     )
+
+
+def _texts(selector: Selector) -> Iterator[str]:
+    """What a hold's file in Git has to carry."""
+    for key, value in selector.match_labels.items():
+        yield from (key, value)
+    for expression in selector.match_expressions:
+        yield from (expression.key, *expression.values)
 
 
 def words(scope: Mapping[str, Any]) -> str:
