@@ -163,13 +163,14 @@ def test_a_rollback_without_the_api_writes_the_same_command(state: Path) -> None
 def test_a_reason_is_held_to_the_same_with_and_without_the_api(server: str, state: Path) -> None:
     """What it becomes, a hold's file in Git, must be readable: after a wipe it is all there is."""
     for where in (("--server", server), ("--state-dir", str(state))):
-        for wrong in ("\x1b[31mred", "x" * 2001):
+        for wrong in ("\x1b[31mred", "\x9b31mred", "x" * 2001):
             done = run("rollback", "cars", "--reason", wrong, *where)
             assert done.returncode == 1, (where, done.stderr)
             assert "reason" in done.stderr
             assert "Traceback" not in done.stderr
         latin = b"gepr\xfcft".decode(errors="surrogateescape")
-        assert run("stop", "--reason", latin, *where).returncode == 0
+        stopped = run("stop", "--reason", latin, "--incident", latin, *where)
+        assert stopped.returncode == 0, stopped.stderr
     assert _holds(state) == []
 
 
