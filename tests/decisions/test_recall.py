@@ -319,6 +319,7 @@ def test_the_pinned_recall_reads_back_as_it_was() -> None:
         ({"approvedBy": ["ann"]}, "two different people"),
         ({"approvedBy": ["ann", " ANN "]}, "two different people"),
         ({"approvedBy": ["Ann <ann@example.org>", "ann@example.org"]}, "two different people"),
+        ({"approvedBy": ["Ann", "a@x.org", "Ann <a@x.org>"]}, "two different people"),
         ({"approvedBy": []}, "two different people"),
         ({"expires": "soon"}, "no time"),
         ({"level": "panic"}, "level"),
