@@ -106,7 +106,8 @@ def _dialog(
         part = _scope(typed.get("scope", ""), verb)
         plan = commands.preview(page.deps.engine, kind=verb, rollout=row.id)
         few = rollouts <= _FEW_ROLLOUTS and ours <= _FEW
-        if verb == "rollback" and (part or few or typed.get("exact")):
+        exact = verb == "rollback" and (part or few or typed.get("exact"))
+        if exact or verb == "lift":  # of a lift: which holds it ends
             plan = preview(
                 page.deps.engine, page.book.seen, kind=verb, rollout=row.id,
                 body={"scope": part} if part else {}, now=page.deps.clock(),
