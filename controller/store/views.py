@@ -205,10 +205,6 @@ def find_decision(conn: Connection, decision_id: str) -> Row[Any] | None:
     return conn.execute(select(decisions).where(decisions.c.id == decision_id)).first()
 
 
-def last_decisions(conn: Connection, limit: int) -> Sequence[Row[Any]]:
-    return conn.execute(select(decisions).order_by(decisions.c.id.desc()).limit(limit)).all()
-
-
 def decision(row: Row[Any], *, whole: bool) -> Plain:
     """`whole`: with its inputs and policy, as `replay` needs them."""
     short = {
