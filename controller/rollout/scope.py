@@ -60,6 +60,14 @@ def checked(plain: Mapping[str, Any] | None) -> dict[str, Any]:
     )
 
 
+def in_git(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What Git says; a scope that means nothing holds for everybody, the safer reading."""
+    try:
+        return checked(plain)
+    except ValueError:
+        return dict(EVERYBODY)
+
+
 def _texts(selector: Selector) -> Iterator[str]:
     """What a hold's file in Git has to carry."""
     for key, value in selector.match_labels.items():
