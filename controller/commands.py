@@ -11,6 +11,7 @@ not allow is 409.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from controller import audit, ballast, ulid
-from controller.manifests.text import CONTROL
 from controller.rollout import scope as scopes
 from controller.rollout.model import ACTIVE, RolloutState
 from controller.store import approvals
@@ -31,6 +31,7 @@ KINDS = ("rollback", "hold", "lift", "pause", "resume", "promote", "stop")
 RULED = {"promote": "widen", "lift": "lift", "stop": "lift"}  # kind → the rule that it falls under
 SCOPES = ("all", "product", "hardware", "digest")
 REASON = 2000  # characters
+CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"  # all but tab and line feed
 NOTHING = "NOTHING that we know is in it"  # of a stop, said after it was recorded
 
 _ALLOWED: Mapping[str, frozenset[RolloutState]] = {
@@ -118,7 +119,7 @@ def _writable(name: str, text: str, longest: int) -> None:
     """Raises Refused for what a hold's file in Git could not carry, or a page not show."""
     if len(text) > longest:
         raise Refused(422, f"{name}: at most {longest} characters", f"/{name}")
-    if found := CONTROL.search(text):
+    if found := re.search(f"[{CONTROLS}]", text):
         raise Refused(422, f"{name}: without {found.group()!a}: it is a control", f"/{name}")
 
 

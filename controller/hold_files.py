@@ -111,18 +111,10 @@ def _row(hold: Hold, meaning: _Meaning, commit: str, now: float) -> dict[str, An
         "digest": hold.rejects_digest,
         "artifacts": meaning.artifacts,
         "to": str(hold.to),
-        "scope": _scope(hold),
+        "scope": scope.in_git(hold.scope),
         "reason": hold.reason,
         "actor": hold.actor,
         "incident": hold.incident,
         "created_at": now,
         "commit": commit,
     }
-
-
-def _scope(hold: Hold) -> dict[str, Any]:
-    """What Git says; a scope that means nothing holds for everybody, the safer reading."""
-    try:
-        return scope.checked(hold.scope)
-    except ValueError:
-        return dict(scope.EVERYBODY)

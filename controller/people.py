@@ -20,9 +20,12 @@ def same_person(one: str, other: str) -> bool:
 
 
 def are_several(names: Iterable[str]) -> bool:
-    """Are there two different people among them?"""
-    named = [name for name in names if _names(name)]
-    return any(not same_person(named[0], other) for other in named[1:])
+    """Are there two different people among them? Two names are one's where a third has both."""
+    one, *others = [found for name in names if (found := _names(name))] or [set()]
+    while kin := [other for other in others if not one.isdisjoint(other)]:
+        one = one.union(*kin)
+        others = [other for other in others if other not in kin]
+    return bool(others)
 
 
 def _names(text: str) -> set[str]:

@@ -140,7 +140,9 @@ class JournalPort(Protocol):
 
 
 class OutboxPort(Protocol):
-    def put(self, boot: str, seq: int, channel: Channel, payload: bytes) -> None: ...
+    def put(
+        self, boot: str, seq: int, channel: Channel, payload: bytes, tells: int = 0
+    ) -> None: ...
     def oldest(self, limit: int, *, without: Any = ()) -> list[Waiting]: ...
     def acknowledge(self, boot: str, ranges: Any) -> None: ...
     def take_lost(self) -> int: ...
@@ -359,7 +361,7 @@ class Agent:
             exposure=dict(sampled.exposure),
             dropped=self._outbox.take_lost(),
         )
-        self._post(Channel.HEALTH, message)
+        self._post(Channel.HEALTH, message, tells=message.dropped)
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -483,8 +485,8 @@ class Agent:
         self._newest_report = (self._boot, self._seq)
         self._post(Channel.REPORTED, replace(message, **changes))
 
-    def _post(self, channel: Channel, message: Reported | Health) -> None:
-        self._outbox.put(message.boot, message.seq, channel, protocol.encode(message))
+    def _post(self, channel: Channel, message: Reported | Health, tells: int = 0) -> None:
+        self._outbox.put(message.boot, message.seq, channel, protocol.encode(message), tells)
 
     def _presence(self, *, online: bool) -> tuple[str, bytes]:
         message = Presence(online=online, boot=self._boot, boot_count=self.record.boot_count)

@@ -101,7 +101,8 @@ class Downloader:
                 return
             except FetchRefused as refused:
                 urls.remove(url)
-                if not urls:
+                # Of a full disk no mirror knows better.
+                if not urls or refused.reason is Reason.DISK_FULL:
                     raise
                 last = str(refused)
                 continue

@@ -53,11 +53,12 @@ class Outbox:
     def __len__(self) -> int:
         return self._count
 
-    def put(self, boot: str, seq: int, channel: Channel, payload: bytes) -> None:
+    def put(self, boot: str, seq: int, channel: Channel, payload: bytes, tells: int = 0) -> None:
+        """`tells`: of so many lost ones; when it is lost itself, the next one tells of them."""
         row = (boot, seq, channel.value, payload)
         sample = channel is Channel.HEALTH
         if (sample and self._reserve.scarce) or not self._kept(self._add, row, urgent=not sample):
-            self._unwritten += 1
+            self._unwritten += 1 + tells
             return
         self._count += 1
         if self._count > self._max:
@@ -119,10 +120,12 @@ class Outbox:
 
     def _shed(self) -> None:
         # A state report says more than a sample: health goes first, the oldest first.
-        done = self._db.execute(
-            "DELETE FROM message WHERE id IN "
-            "(SELECT id FROM message ORDER BY channel != 'health', id LIMIT ?)",
-            (max(1, self._max // 100),),
-        )
+        with self._db:  # what goes and its count: both or none
+            self._db.execute("BEGIN")
+            done = self._db.execute(
+                "DELETE FROM message WHERE id IN "
+                "(SELECT id FROM message ORDER BY channel != 'health', id LIMIT ?)",
+                (max(1, self._max // 100),),
+            )
+            self._db.execute("INSERT INTO lost VALUES (?)", (done.rowcount,))
         self._count -= done.rowcount
-        self._db.execute("INSERT INTO lost VALUES (?)", (done.rowcount,))

@@ -172,7 +172,7 @@ class Engine:
     repeat_cap: int = 2  # a device's events count up to cap + cap_per × ⌈expected⌉
     repeat_cap_per: int = 3
     repeat_min_events: int = 10  # per arm
-    safe_min_events: int = 10  # of the updated devices, were the release at its margin
+    safe_min_events: int = 10  # of each arm, were the release at its margin
     repeat_own_events: int = 40  # per arm, from which on a hardware's repeats are compared alone
     modest_ratio: float = 1.5  # of a repeat rate: the rise that half of its evidence bets on
     modest_weight: float = 0.5

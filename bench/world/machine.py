@@ -51,7 +51,7 @@ class MemoryOutbox:
     def __len__(self) -> int:
         return len(self._messages)
 
-    def put(self, boot: str, seq: int, channel: Channel, payload: bytes) -> None:
+    def put(self, boot: str, seq: int, channel: Channel, payload: bytes, tells: int = 0) -> None:
         self._points.reach("outbox.put")
         if (boot, seq) in self._messages:
             raise ValueError(f"({boot}, {seq}) is in the outbox already")

@@ -97,6 +97,8 @@ def _failed(answer: Any) -> Failed:
         detail = str(problem["detail"])
     except (ValueError, KeyError, TypeError):
         detail = f"HTTP {answer.status_code} of {answer.url}: is this a Bellwether server?"
+        if answer.status_code == 404:  # somebody else's: nobody needs to wait for what was named
+            return Failed(detail)
     if "`" not in detail and (then := _next(answer)):  # else it says by itself what to run
         detail = f"{detail}; {then}"
     if answer.status_code == 404:

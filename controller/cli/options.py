@@ -29,4 +29,5 @@ StateDir = Annotated[
 Database = Annotated[
     str | None, typer.Option("--database", help="With --state-dir: its PostgreSQL or SQLite URL.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would reach; change nothing.")]
 SERVER = "http://127.0.0.1:8420"

@@ -182,7 +182,7 @@ def _show_all(found: dict[str, Any]) -> None:
                 r["fleet"],
                 r["release"],
                 r["state"],
-                f"{r['step'] + 1}/{len(r['steps']) or '?'}",
+                f"{r['step'] + 1}/{len(r['steps']) + bool(r.get('fixes')) or '?'}",
                 _counts(r["members"]["devices"]),
                 r["sentence"],
             )

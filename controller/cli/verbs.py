@@ -17,6 +17,7 @@ from controller.cli.errors import Failed
 from controller.cli.options import (
     SERVER,
     Database,
+    DryRun,
     Format,
     Output,
     Server,
@@ -71,17 +72,15 @@ def _command(kind: str) -> Callable[..., None]:
         if_revision: Annotated[
             int | None, typer.Option(help="Refuse when the rollout has moved on since.")
         ] = None,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Say what it would reach; change nothing.")
-        ] = False,
+        dry_run: DryRun = False,
         server: Server = SERVER,
         token: Token = None,
         state_dir: StateDir = None,
         database: Database = None,
         output: Format = Output.TABLE,
     ) -> None:
-        body = {"reason": _typed(reason), "incident": incident, "to": to, "hold": hold}
-        given: dict[str, Any] = {name: value for name, value in body.items() if value}
+        body = {"reason": reason, "incident": incident, "to": to, "hold": hold}
+        given: dict[str, Any] = {name: _typed(text) for name, text in body.items() if text}
         if scope := _scope(cohort, step, device, label):
             given["scope"] = scope
         if break_glass:
@@ -126,9 +125,7 @@ def stop(
     break_glass: Annotated[
         bool, typer.Option("--break-glass", help="--end without the second person; told to all.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would reach; change nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     server: Server = SERVER,
     token: Token = None,
     state_dir: StateDir = None,
@@ -136,8 +133,10 @@ def stop(
     output: Format = Output.TABLE,
 ) -> None:
     """Stop everything in scope: no new activation anywhere. Needs no preview, no Git, no broker."""
-    wanted: dict[str, Any] = {"scope": scope, "value": value, **({"lift": True} if end else {})}
-    given = {**wanted, "reason": _typed(reason), **({"incident": incident} if incident else {})}
+    body = {"scope": scope, "value": value, "reason": reason, "incident": incident or ""}
+    given: dict[str, Any] = {name: _typed(text) for name, text in body.items() if text}
+    if end:
+        given["lift"] = True
     if break_glass:
         given["breakGlass"] = True
     if state_dir is not None:

@@ -7,14 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
-from controller.commands import REASON
+from controller.commands import CONTROLS, REASON
 
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 # Reasons stand in Git, in the audit and on pages: text of one person, without control characters
 # (`controller.commands` holds the command line to the same).
-Reason = Annotated[
-    str, StringConstraints(max_length=REASON, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")
-]
+Reason = Annotated[str, StringConstraints(max_length=REASON, pattern=rf"^[^{CONTROLS}]*$")]
 # Names also without what turns the direction of writing around: two of them must not look alike.
 Word = Annotated[
     str,

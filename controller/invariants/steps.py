@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from controller.facts import Finding, Look, Row
 from controller.rollout.cohort import AFTER_BEST, TOP_BAND
+from controller.rollout.waves import plain_steps
 
 
 def steps(look: Look) -> Iterator[Finding]:
@@ -75,7 +76,7 @@ def _admits(rollout: Row, inputs: Row, size: int) -> int:
 
 
 def _pace(rollout: Row, step: int, told: list[float]) -> Iterator[Finding]:
-    steps = rollout["pinned"]["rollout"]["strategy"]["steps"]
+    steps = plain_steps(rollout["pinned"])
     first = 1 if rollout["pinned"].get("fixes") else 0
     limit = steps[max(0, step - first)].get("max_per_minute")
     if limit is None:

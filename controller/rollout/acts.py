@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from controller.manifests.kinds import Hold
 from controller.manifests.reader import Manifests
-from controller.rollout.model import ActiveHold, quoted
+from controller.rollout import scope
+from controller.rollout.model import ActiveHold, Device, quoted
 from controller.rollout.world import World
 
 
@@ -48,6 +49,7 @@ def _active(hold: Hold, world: World, manifests: Manifests) -> ActiveHold:
         id=hold.id, rollout=hold.rollout, fleet=fleet, release=hold.rejects_release,
         digest=hold.rejects_digest, artifacts=frozenset(artifacts - proven or artifacts),
         to=hold.to, reason=quoted(hold.reason), actor=hold.actor, created_at=world.hearing,
+        scope=scope.in_git(hold.scope),
     )  # fmt: skip
 
 
@@ -58,11 +60,13 @@ def added(world: World, before: Manifests, after: Manifests) -> Iterator[Act]:
         active = _active(hold, world, after)
         n = sum(_touched(world, active))
         verb = "stay as they are" if hold.to == "stay" else f"go to {hold.to}"
+        part = scope.words(active.scope)
+        where = (active.fleet or hold.rollout) + (f" for {part}" if part else "")
         yield Act(
             kind="Hold",
             id=hold.id,
             devices=n,
-            sentence=f"{hold.rejects_release} is rejected in {active.fleet or hold.rollout}: "
+            sentence=f"{hold.rejects_release} is rejected in {where}: "
             f"{n} devices that have it {verb} — {quoted(hold.reason)}",
         )
     for lift in sorted(after.lifts.values(), key=lambda item: item.id):
@@ -84,4 +88,17 @@ def _touched(world: World, hold: ActiveHold) -> Iterator[bool]:
             and device.governed
             and row is not None
             and any(report.digest in hold.artifacts for report in row.components.values())
+            and _covers(world, hold, device)
         )
+
+
+def _covers(world: World, hold: ActiveHold, device: Device) -> bool:
+    """Is it in the hold's scope? Steps and cohorts are those of the hold's rollout."""
+    if scope.named(hold.scope):
+        return scope.covers(hold.scope, device, None, None)
+    ours = (r for r in world.rollouts.values() if r.name == hold.rollout)
+    members = {r.id: world.members.get(r.id, {}) for r in ours if r.digest == hold.digest}
+    return any(
+        scope.covers(hold.scope, device, those.get(device.id), world.pinned.get(name))
+        for name, those in members.items()
+    )

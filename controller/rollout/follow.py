@@ -104,10 +104,6 @@ def runs_target(row: DeviceRow, rollout: Rollout, *, committed: bool) -> bool:
     return True
 
 
-def runs_any(row: DeviceRow, digests: frozenset[str]) -> bool:
-    return any(report.digest in digests for report in row.components.values())
-
-
 def _left(member: Member, device: Device | None, rollout: Rollout) -> bool:
     if device is None or not device.governed or device.fleet != rollout.fleet:
         return True

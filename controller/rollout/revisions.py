@@ -24,14 +24,17 @@ def of_rollout(world: World, rollout: Rollout, pinned: Pinned) -> dict[str, str]
     """metric → why it cannot be compared with what this rollout's devices reported before it.
 
     All of them were controls of others, or might have been: what they said then stays evidence when
-    they are updated themselves.
+    they are updated themselves. Who was not heard since it opened has said nothing to compare: one
+    device that lies in a drawer does not take the gate's word away.
     """
     if not _declared(world.catalog):
         return {}
     ran: set[Ran] = set()
     for member in world.members.get(rollout.id, {}).values():
         row = world.seen.get(member.device)
-        if member.previous is None and row is not None:
+        if row is None or row.last_contact < rollout.opened_at:
+            continue
+        if member.previous is None:
             ran |= _runs(row, rollout)
         for component, told in (member.previous or {}).items():
             ran.add((component, str(told["digest"]), str(told["release"])))

@@ -7,15 +7,16 @@ its rollout; a partial one takes its devices out of the rollout, which goes on w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from controller.manifests.kinds import Selector
+from controller.manifests.text import CONTROL
 from controller.rollout.model import ActiveHold, Arm, Device, Member, MemberState, Rollout
-from controller.rollout.waves import RAMPS, Pinned
+from controller.rollout.waves import Pinned, plain_steps
 from controller.rollout.world import World
 from device_agent.protocol import ID
 
@@ -47,6 +48,8 @@ def checked(plain: Mapping[str, Any] | None) -> dict[str, Any]:
                 selector = Selector.model_validate(value)
             except ValidationError as error:
                 raise ValueError(f"scope: selector: {error.errors()[0]['msg']}") from None
+            if found := CONTROL.search("".join(_texts(selector))):
+                raise ValueError(f"scope: selector: without {found.group()!a}: it is a control")
             return {"selector": selector.model_dump(mode="json", by_alias=True)}
         case "devices" if isinstance(value, list | tuple) and 1 <= len(value) <= MOST_DEVICES:
             if all(isinstance(name, str) and ID.fullmatch(name) for name in value):
@@ -55,6 +58,22 @@ def checked(plain: Mapping[str, Any] | None) -> dict[str, Any]:
         f"scope: {kind}: write all: true, step: 0, cohort: canary, selector: {{matchLabels: "
         f"{{hardware: hw3}}}}, or devices: [up to {MOST_DEVICES} ids]"
     )
+
+
+def in_git(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What Git says; a scope that means nothing holds for everybody, the safer reading."""
+    try:
+        return checked(plain)
+    except ValueError:
+        return dict(EVERYBODY)
+
+
+def _texts(selector: Selector) -> Iterator[str]:
+    """What a hold's file in Git has to carry."""
+    for key, value in selector.match_labels.items():
+        yield from (key, value)
+    for expression in selector.match_expressions:
+        yield from (expression.key, *expression.values)
 
 
 def words(scope: Mapping[str, Any]) -> str:
@@ -97,15 +116,23 @@ def empty(scope: Mapping[str, Any], pinned: Mapping[str, Any]) -> str:
     A selector is not asked: it may be meant for devices that are still to come.
     """
     cohorts = [str(cohort["name"]) for cohort in pinned.get("fleet", {}).get("cohorts", ())]
-    steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
-    waves = len(steps) + sum(bool(step.get("keep_back")) for step in steps)
-    waves = len(RAMPS) if pinned.get("recall") else waves + bool(pinned.get("fixes"))
+    waves = len(plain_steps(pinned)) + bool(pinned.get("fixes"))
     match next(iter(scope.items()), ("all", True)):
         case ("cohort", name) if cohorts and name not in cohorts:
             return f"the fleet has no cohort {name}: {', '.join(cohorts)}"
+        case ("cohort", _) if pinned.get("recall"):
+            return "a recall goes to the whole fleet, not by cohorts: name its steps or devices"
+        case ("cohort", name) if waves and name not in reached(pinned):
+            return f"no step of it is of cohort {name}: {', '.join(reached(pinned))}"
         case ("step", number) if waves and int(number) >= waves:
             return f"it has no step {int(number) + 1}: its last one is step {waves}"
     return ""
+
+
+def reached(pinned: Mapping[str, Any]) -> list[str]:
+    """The cohorts that a rollout goes by; a recall goes by none."""
+    steps = () if pinned.get("recall") else plain_steps(pinned)
+    return list(dict.fromkeys(str(step["cohort"]) for step in steps))
 
 
 def named(scope: Mapping[str, Any]) -> bool:

@@ -47,11 +47,12 @@ def doublings(flags: Mapping[str, Any], step: int) -> int:
 
 def grown(waves: tuple[Wave, ...], wave: Wave, times: int = 1) -> Wave:
     """The wave at twice its size, so many times: what it was planned to add is doubled."""
-    before = max(
-        (w.step.percent for w in waves[: wave.index] if w.step.cohort == wave.step.cohort),
-        default=0.0,
-    )
-    percent = min(1.0, before + 2**times * (wave.step.percent - before))
+    cohort = [w for w in waves if w.step.cohort == wave.step.cohort]
+    before = max((w.step.percent for w in cohort if w.index < wave.index), default=0.0)
+    # Who is kept back waits until the others were watched, however many those are.
+    kept = (w.step.percent for w in cohort if w.index >= wave.index and w.step.keep_back)
+    most = min(kept, default=1.0)
+    percent = min(most, before + 2**times * (wave.step.percent - before))
     step = wave.step.model_copy(update={"percent": max(wave.step.percent, percent)})
     return replace(wave, step=step)
 
@@ -99,8 +100,21 @@ def recalled(rollout: Rollout, fleet: Fleet) -> Rollout:
     return rollout.model_copy(update={"strategy": strategy, "windows": (), "holdout": None})
 
 
+def plain_steps(pinned: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of the waves, by what `Pinned.to_json` wrote; without the first one of a fix."""
+    steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
+    found: list[dict[str, Any]] = []
+    for step in steps:
+        parts = _parts(Step.model_validate(step)) if step.get("keep_back") else ()
+        found += [part.model_dump(mode="json") for part in parts] or [step]
+    return found
+
+
 def _parts(step: Step) -> tuple[Step, ...]:
-    """The devices kept back are controls of the others meanwhile; then they follow at once."""
+    """The devices kept back are controls of the others meanwhile; then they follow at once.
+
+    Only the first part has `keep_back`: it grows into nobody who is kept back from it.
+    """
     if step.keep_back is None:
         return (step,)
     kept, seconds = step.keep_back, max(step.soak, step.keep_back.for_)
@@ -109,7 +123,6 @@ def _parts(step: Step) -> tuple[Step, ...]:
             "percent": step.percent - kept.percent,
             "soak": seconds,
             "max_soak": step.max_soak and max(step.max_soak, seconds),
-            "keep_back": None,
         }
     )
     rest = step.model_copy(

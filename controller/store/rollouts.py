@@ -19,16 +19,13 @@ from sqlalchemy import (
     Table,
     bindparam,
     delete,
-    func,
     insert,
-    or_,
     select,
     union_all,
     update,
 )
 
 from controller.rollout.model import (
-    ACTIVE,
     ActiveHold,
     Arm,
     Device,
@@ -140,7 +137,6 @@ _SET_RELEASE = Prepared(
     .values({name: bindparam(f"new_{name}") for name in _SAID_AGAIN})
 )
 _ALL_UNSENT = Prepared(update(desired).values(published=False))
-_UNFINISHED = (*ACTIVE, RolloutState.ROLLING_BACK)
 
 
 def get_meta(conn: Connection, key: str, default: Any = None) -> Any:
@@ -433,11 +429,6 @@ def unpublish_all(conn: Connection) -> int:
 def clear_orders(conn: Connection, names: Sequence[str]) -> None:
     """A moved, retired or quarantined device has no orders any more."""
     conn.execute(delete(desired).where(desired.c.device.in_(list(names))))
-
-
-def count_open(conn: Connection) -> int:
-    query = select(func.count()).where(or_(*(rollouts.c.state == s for s in _UNFINISHED)))
-    return int(conn.execute(query).scalar_one())
 
 
 # -- rows ⇄ dataclasses ---------------------------------------------------------------------------

@@ -7,7 +7,9 @@ a device and its order alone is looked up here.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, func, or_, select
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, or_, select
 
 from controller.rollout.model import ActiveStop
 from controller.store.tables import artifacts, devices, releases, rollouts, stops
@@ -18,18 +20,16 @@ _IN_FORCE = Prepared(select(stops).where(stops.c.lifted_at.is_(None)).order_by(s
 
 def load(conn: Connection) -> list[ActiveStop]:
     """Every turn of the loop asks: without a stop it is one question."""
-    return [
-        ActiveStop(
-            id=row.id,
-            scope=row.scope,
-            value=row.value,
-            reason=row.reason,
-            actor=row.actor,
-            artifacts=released(conn, row.value) if row.scope == "digest" else frozenset(),
-            fleets=labelled(conn, row.value) if row.scope == "product" else frozenset(),
-        )
-        for row in _IN_FORCE.all(conn)
-    ]
+    return [_looked_up(conn, row) for row in _IN_FORCE.all(conn)]
+
+
+def _looked_up(conn: Connection, row: Row[Any]) -> ActiveStop:
+    scope, value = row.scope, row.value
+    return ActiveStop(
+        id=row.id, scope=scope, value=value, reason=row.reason, actor=row.actor,
+        artifacts=released(conn, value) if scope == "digest" else frozenset(),
+        fleets=labelled(conn, value) if scope == "product" else frozenset(),
+    )  # fmt: skip
 
 
 def released(conn: Connection, digest: str) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, select
 
+from controller.rollout.waves import plain_steps
 from controller.store.tables import (
     audit,
     decisions,
@@ -131,7 +132,7 @@ def rollout(row: Row[Any], counts: Mapping[str, Any], held: Sequence[Plain]) -> 
         "sentence": row.sentence,
         "revision": row.revision,
         "step": row.step,
-        "steps": row.pinned.get("rollout", {}).get("strategy", {}).get("steps", []),
+        "steps": plain_steps(row.pinned),
         "fixes": row.pinned.get("fixes"),  # a first wave before `steps`: who ran that release
         "openedAt": when(row.opened_at),
         "stepAt": when(row.step_at),
@@ -202,10 +203,6 @@ def list_decisions(
 
 def find_decision(conn: Connection, decision_id: str) -> Row[Any] | None:
     return conn.execute(select(decisions).where(decisions.c.id == decision_id)).first()
-
-
-def last_decisions(conn: Connection, limit: int) -> Sequence[Row[Any]]:
-    return conn.execute(select(decisions).order_by(decisions.c.id.desc()).limit(limit)).all()
 
 
 def decision(row: Row[Any], *, whole: bool) -> Plain:
@@ -451,9 +448,8 @@ def cohorts_of_steps(conn: Connection, ids: Sequence[str]) -> dict[str, list[str
     found: dict[str, list[str | None]] = {}
     query = select(rollouts.c.id, rollouts.c.pinned).where(rollouts.c.id.in_(list(ids)))
     for rollout_id, pinned in conn.execute(query):
-        steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", [])
         first: list[str | None] = [None] if pinned.get("fixes") else []
-        found[rollout_id] = first + [step.get("cohort") for step in steps]
+        found[rollout_id] = first + [step.get("cohort") for step in plain_steps(pinned)]
     return found
 
 

@@ -112,13 +112,11 @@ class Slots:
             slot = Slot(name=name, path=path, release=release, digest=digest, tree=_tree_hash(path))
             self._describe(component, slot)
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise InstallRefused(Reason.UNSAFE_BUNDLE, f"{component}: {error}") from error
+            raise self._refused(component, name, Reason.UNSAFE_BUNDLE, error) from error
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             reason = Reason.DISK_FULL if full else Reason.INSTALL_FAILED
-            with suppress(OSError):  # what was filled with it is free again
-                self._empty(component, name)
-            raise InstallRefused(reason, f"{component}: {error}") from error
+            raise self._refused(component, name, reason, error) from error
         if not self.intact(slot):
             raise InstallRefused(Reason.INSTALL_FAILED, f"{component}: read back differently")
         return slot
@@ -183,6 +181,14 @@ class Slots:
             from shutil import rmtree
 
             rmtree(home / name)
+
+    def _refused(
+        self, component: str, name: str, reason: Reason, error: Exception
+    ) -> InstallRefused:
+        """What the slot was filled with is free again."""
+        with suppress(OSError):
+            self._empty(component, name)
+        return InstallRefused(reason, f"{component}: {error}")
 
     def _describe(self, component: str, slot: Slot) -> None:
         body = {"release": slot.release, "digest": slot.digest, "tree": slot.tree}

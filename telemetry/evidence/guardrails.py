@@ -494,11 +494,6 @@ def _sum(parts: Iterable[levels.Sums]) -> levels.Sums:
     return sum(parts, levels.Sums())
 
 
-def arm_sums(parts: Iterable[ArmSums]) -> tuple[levels.Sums, levels.Sums]:
-    parts = list(parts)
-    return _sum(p.exposed for p in parts), _sum(p.control for p in parts)
-
-
 def _what(kind: str) -> str:
     return {"outcome": "failed or were never confirmed", "lost": "were lost in activation"}.get(
         kind, "had one"

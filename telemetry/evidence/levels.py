@@ -119,7 +119,7 @@ def repeat_safe(pairs: Iterable[Pair], margin: float, min_events: float) -> tupl
     the events as they would be shared out without a rise. Of all bets on "no more than none" it
     grows fastest in the worst case (Grünwald, de Heide & Koolen 2024). Few events of the updated
     devices are no lack of evidence here: they are what a safe release shows, where the margin
-    would have brought at least `min_events`.
+    would have shared out at least `min_events` to each arm.
     """
     log, speaks = 0.0, False
     for one, zero, variance, df in _scattered(pairs, min_events, margin):
@@ -138,15 +138,19 @@ def _scattered(
 ) -> Iterator[tuple[Sums, Sums, float, float]]:
     """The strata that have events enough: (exposed, control, variance of δ, degrees of freedom).
 
-    With a margin, exposed devices need not have had them: at the margin they would have.
+    With a margin neither arm need have had them: of their sum, each would have at the margin. Who
+    chose strata by how the events are shared out would choose the evidence.
     """
     enough = []
     for one, zero in pairs:
         # One device alone says nothing of how devices differ.
         if min(one.x, zero.x) <= 0 or min(one.n, zero.n) < 2 or min(one.y, zero.y) <= 0:
             continue
-        events = one.y if margin is None else (one.y + zero.y) * _share(one, zero, margin)
-        if min(events, zero.y) >= min_events:
+        least = min(one.y, zero.y)
+        if margin is not None:
+            share = _share(one, zero, margin)
+            least = (one.y + zero.y) * min(share, 1 - share)
+        if least >= min_events:
             enough.append((one, zero))
     usual = _Scatter.of([arm for pair in enough for arm in pair])
     for one, zero in enough:

@@ -161,9 +161,11 @@ def test_what_does_not_fit_is_refused_before_it_fills_the_disk(
     tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("device_agent.download.room", lambda _: LAST + len(BODY) - 1)
+    away = Site(status(503))
     with pytest.raises(FetchRefused, match="bytes are needed") as refused:
-        fetch(tmp_path / "x", item(serve(Site(whole))))
+        fetch(tmp_path / "x", item(serve(Site(whole)), serve(away)))
     assert refused.value.reason is Reason.DISK_FULL
+    assert not away.ranges  # no mirror has more room for it
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sqlite3
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,6 +105,36 @@ def test_what_was_lost_is_told_with_the_next_sample(disk: Path) -> None:
     filler.unlink()
     assert outbox.take_lost() == 3_000 - written
     assert outbox.take_lost() == 0
+
+
+def test_losses_told_by_a_sample_that_is_lost_are_told_by_the_next(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(tmp_path / "car", server)
+    device.power_on()
+    monkeypatch.setattr(Reserve, "scarce", True)
+    drive(device, 5)
+    monkeypatch.setattr(Reserve, "scarce", False)
+    drive(device, 2)
+    assert [sample.dropped for sample in device.samples] == [5, 0]
+
+
+def test_what_is_shed_goes_with_its_count_or_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(tmp_path / "outbox.db", Reserve(tmp_path / "reserve"), max_messages=200)
+    for seq in range(200):
+        outbox.put("b", seq, Channel.HEALTH, b"x")
+    with sqlite3.connect(tmp_path / "outbox.db") as other:
+        other.execute("ALTER TABLE lost RENAME TO away")  # stands for the last page of the disk
+    monkeypatch.setattr(Reserve, "is_full", lambda *_: True)
+    outbox.put("b", 200, Channel.HEALTH, b"x")
+    assert len(outbox) == len(outbox.oldest(300)) == 201
+    with sqlite3.connect(tmp_path / "outbox.db") as other:
+        other.execute("ALTER TABLE away RENAME TO lost")
+    outbox.put("b", 201, Channel.HEALTH, b"x")
+    assert len(outbox) == len(outbox.oldest(300)) == 200
+    assert outbox.take_lost() == 2
 
 
 def test_a_disk_without_room_for_it_keeps_nothing_and_loses_nothing(tmp_path: Path) -> None:

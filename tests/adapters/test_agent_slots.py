@@ -56,6 +56,7 @@ def test_a_bundle_that_leaves_its_slot_is_refused(
         slots.install("app", "r", DIGEST, path)
     assert refused.value.reason is Reason.UNSAFE_BUNDLE
     assert slots.holding("app", DIGEST) is None
+    assert not list((tmp_path / "components/app").iterdir())  # nor does it fill the disk
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -163,13 +164,14 @@ def test_a_rollback_without_the_api_writes_the_same_command(state: Path) -> None
 def test_a_reason_is_held_to_the_same_with_and_without_the_api(server: str, state: Path) -> None:
     """What it becomes, a hold's file in Git, must be readable: after a wipe it is all there is."""
     for where in (("--server", server), ("--state-dir", str(state))):
-        for wrong in ("\x1b[31mred", "x" * 2001):
+        for wrong in ("\x1b[31mred", "\x9b31mred", "x" * 2001):
             done = run("rollback", "cars", "--reason", wrong, *where)
             assert done.returncode == 1, (where, done.stderr)
             assert "reason" in done.stderr
             assert "Traceback" not in done.stderr
         latin = b"gepr\xfcft".decode(errors="surrogateescape")
-        assert run("stop", "--reason", latin, *where).returncode == 0
+        stopped = run("stop", "--reason", latin, "--incident", latin, *where)
+        assert stopped.returncode == 0, stopped.stderr
     assert _holds(state) == []
 
 
@@ -256,14 +258,14 @@ def test_wait_tells_the_end_by_its_exit_code(server: str) -> None:
         assert ended.returncode == code, (name, ended.stderr)
 
 
-def test_wait_outlives_a_service_that_is_started_again() -> None:
-    """Two answers of a rollout under way, a restart, then its end."""
-    soaking = json.dumps(_told("Soaking")).encode()
-    answers = [(200, soaking), (503, b"{}"), (200, json.dumps(_told("Completed")).encode())]
+@contextmanager
+def answering(*answers: tuple[int, bytes]) -> Iterator[str]:
+    """The URL of a server that gives one answer after the other, the last one for ever."""
+    left = list(answers)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            code, body = answers.pop(0) if len(answers) > 1 else answers[0]
+            code, body = left.pop(0) if len(left) > 1 else left[0]
             self.send_response(code)
             self.end_headers()
             self.wfile.write(body)
@@ -273,13 +275,30 @@ def test_wait_outlives_a_service_that_is_started_again() -> None:
     with HTTPServer(("127.0.0.1", 0), Handler) as service:
         thread = threading.Thread(target=service.serve_forever)
         thread.start()
-        url = f"http://127.0.0.1:{service.server_port}"
+        try:
+            yield f"http://127.0.0.1:{service.server_port}"
+        finally:
+            service.shutdown()
+            thread.join()
+
+
+def test_wait_outlives_a_service_that_is_started_again() -> None:
+    """Two answers of a rollout under way, a restart, then its end."""
+    soaking, over = (json.dumps(_told(s)).encode() for s in ("Soaking", "Completed"))
+    with answering((200, soaking), (503, b"{}"), (200, over)) as url:
         ended = run("wait", "cars", "--timeout", "20", "--interval", "0.1", "--server", url)
-        service.shutdown()
-        thread.join()
     assert ended.returncode == 0, ended.stderr
     wrong = run("wait", "cars", "--timeout", "20", "--server", "http://127.0.0.1:1")
     assert wrong.returncode == 1
+
+
+def test_another_server_is_not_waited_for_nor_told_what_to_list() -> None:
+    with answering((404, b"<h1>Not Found</h1>")) as url:
+        ended = run("wait", "cars", "--timeout", "5", "--server", url)
+        shown = run("device", "show", "car-1", "--server", url)
+    for done in (ended, shown):
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.rstrip().endswith("is this a Bellwether server?")
 
 
 def _told(state: str) -> dict[str, str]:

@@ -105,6 +105,20 @@ def test_a_refused_verb_is_the_dialog_again(house: Any) -> None:
         assert answer.status_code == 422, scope
 
 
+def test_a_lift_shows_the_holds_that_it_ends(house: Any) -> None:
+    house.add_rollout()
+    path = "/rollouts/cars/lift"
+    nothing = house.client.get(path, headers=HTML)
+    assert nothing.status_code == 409
+    assert "nothing to lift" in nothing.text
+    fields = {**form(house.client, "/rollouts/cars/hold"), "reason": "brakes"}
+    assert house.client.post("/rollouts/cars/hold", data=fields).status_code == 200
+    with reading(house.deps.engine) as conn:
+        hold = conn.execute(select(holds.c.id)).scalar_one()
+    shown = house.client.get(path, headers=HTML)
+    assert f"ends {hold}; what it rejects goes out again" in shown.text
+
+
 def test_a_step_alone_is_rolled_back(house: Any) -> None:
     house.add_rollout()
     path = "/rollouts/cars/rollback"

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from controller import invariants
 from controller.manifests.admission import admit
 from controller.manifests.reader import read
 from controller.rollout import scope
+from controller.rollout.waves import Pinned, grown
+from controller.store import snapshot, views
 from controller.store.tables import decisions, members
 from telemetry.store.database import reading
 
@@ -73,6 +76,41 @@ def test_both_parts_can_be_named_in_a_scope(story: Any) -> None:
     pinned = story.rollout().pinned
     assert scope.empty({"step": 2}, pinned) == ""
     assert "its last one is step 3" in scope.empty({"step": 3}, pinned)
+
+
+def test_both_parts_are_shown_as_steps(story: Any) -> None:
+    story.commit(*base(), rollout("cars", "app-2", [CANARY, KEPT]))
+    story.run(60)
+    row = story.rollout()
+    with reading(story.engine) as conn:
+        shown = views.rollout(row, views.count_members(conn, [row.id])[row.id], ())
+        cohorts = views.cohorts_of_steps(conn, [row.id])[row.id]
+    assert [step["percent"] for step in shown["steps"]] == [1.0, 0.75, 1.0]
+    assert shown["step"] == 2
+    assert sum(shown["members"]["steps"]["2"].values()) == HELD
+    assert cohorts == ["canary", "general", "general"]
+
+
+def test_the_checker_knows_both_parts(story: Any) -> None:
+    paced = {**KEPT, "maxPerMinute": "60"}
+    story.commit(*base(), rollout("cars", "app-2", [CANARY, paced]))
+    story.run(60)
+    assert story.rollout().state == "Completed"
+    assert not invariants.check(snapshot.read(story.engine, None), now=story.world.now)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [CANARY, KEPT],
+        [CANARY, {"cohort": "general", "percent": "60%"}, KEPT],
+    ],
+)
+def test_no_growth_reaches_who_is_kept_back(story: Any, steps: list[Any]) -> None:
+    story.commit(*base(), rollout("cars", "app-2", steps))
+    story.run(2)
+    waves = Pinned.from_json(story.rollout().pinned).waves
+    assert max(grown(waves, wave, 2).step.percent for wave in waves[1:-1]) == 0.75
 
 
 @pytest.mark.parametrize(

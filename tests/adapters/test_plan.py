@@ -387,6 +387,27 @@ def test_a_held_digest_is_not_opened(fleet: Fleet) -> None:
     assert plan.acts[0].kind == "Hold"
 
 
+def test_a_hold_of_a_part_is_foretold_for_that_part(fleet: Fleet) -> None:
+    """A `rejects` of what runs: two cars go back, and nobody else."""
+    from controller.manifests.reader import read
+
+    release = read(fleet.tree("main").files).manifests.releases["fsd-10.2.0"]
+    (fleet.repo / "holds").mkdir()
+    (fleet.repo / "holds/01hold.yaml").write_text(
+        "apiVersion: bellwether.dev/v1\nkind: Hold\nmetadata: {name: 01hold}\nspec:\n"
+        "  rollout: model-3-eu-autopilot\n"
+        f'  rejects: {{release: fsd-10.2.0, digest: "{release.digest}"}}\n'
+        "  scope: {devices: [car-001, car-002]}\n"
+        "  to: previous\n  reason: brakes\n  actor: ada\n"
+    )
+    fleet.commit("part")
+    (act,) = fleet.plan("part").acts
+    assert act.devices == 2
+    assert (
+        "in model-3-eu for 2 named devices: 2 devices that have it go to previous" in act.sentence
+    )
+
+
 def test_twelve_devices_are_foretold_to_be_too_few(fleet: Fleet) -> None:
     with writing(fleet.engine) as conn:
         conn.execute(update(devices).where(devices.c.id >= "car-012").values(status="retired"))

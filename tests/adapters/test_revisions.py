@@ -14,7 +14,7 @@ STEPS = [
 ]
 
 
-def commit(story: Any, to: str, **metrics: dict[str, str]) -> None:
+def commit(story: Any, to: str, baseline: str = "app-1", **metrics: dict[str, str]) -> None:
     """`metrics`: version → what its release declares, as r1, r2 …"""
     gates = [
         {"metric": "update_ok", "type": "proportion"},
@@ -25,16 +25,22 @@ def commit(story: Any, to: str, **metrics: dict[str, str]) -> None:
         release(v, **({"metrics": metrics[f"r{v}"]} if f"r{v}" in metrics else {}))
         for v in ("1", "2", "3")
     ]
-    story.commit(fleet(), policy, *releases, rollout("cars", f"app-{to}", STEPS))
+    story.commit(fleet(baseline=baseline), policy, *releases, rollout("cars", f"app-{to}", STEPS))
 
 
-def drive(story: Any, seconds: int, jerks: bool = False) -> None:
-    """Everybody reports an hour of health each second; updated ones jerk all the time, or not."""
+def drive(
+    story: Any, seconds: int, jerks: bool = False, *, usual: str = "1", away: str = ""
+) -> None:
+    """Everybody reports an hour of health each second; who left the usual version jerks all the
+    time, or not. `away`: is not there."""
+    there = [name for name in story.world.rows if name != away]
     for _ in range(seconds):
-        story.run(1)
-        for name, row in story.world.rows.items():
+        story.run(1, work=False)
+        story.world.work(*there)
+        for name in there:
+            row = story.world.rows[name]
             digest = row.components["app"].digest
-            new = digest != DIGESTS["1"]
+            new = digest != DIGESTS[usual]
             story.world.batch += 1
             story.world.health.append(
                 HealthRow(
@@ -76,3 +82,15 @@ def test_what_nobody_gates_is_not_asked(story: Any) -> None:
     commit(story, "2", r2={"something_else": "2"})
     drive(story, 30)
     assert story.versions() == {"2": 40}
+
+
+def test_one_that_lies_in_a_drawer_does_not_take_the_gates_word_away(story: Any) -> None:
+    world = story.world
+    for name in world.rows:
+        if name != "car-39":
+            world.join(name, {"app": ("app-2", DIGESTS["2"])})
+    world.now, world.heard = world.now + 7 * 86_400, world.heard + 7 * 86_400
+    commit(story, "3", "app-2", r2={"jerk": "2"}, r3={"jerk": "2"})
+    drive(story, 30, jerks=True, usual="2", away="car-39")
+    assert story.versions() == {"1": 1, "2": 39}
+    assert "jerk" in story.rollout().sentence

@@ -388,6 +388,8 @@ def test_a_part_that_was_not_told_yet_never_is(story: Any) -> None:
      {"cohort": "cannary"}, {"step": 9}, {"devices": ["car-00", "car-0"]},
      {"devices": ["a"] * 1001}, {"selector": {}}, {"selector": {"matchLabel": {}}},
      {"selector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}},
+     {"selector": {"matchLabels": {"a": "x\x01"}}}, {"selector": {"matchLabels": {"\x1b": "x"}}},
+     {"selector": {"matchExpressions": [{"key": "a", "operator": "In", "values": ["\0"]}]}},
      {"all": True, "step": 1}],
 )  # fmt: skip
 def test_a_scope_that_is_none_is_refused_and_changes_nothing(story: Any, scope: Any) -> None:

@@ -36,7 +36,9 @@ def safe(one: Sums, zero: Sums, margin: float = MARGIN) -> float:
     return levels.repeat_safe([(one, zero)], margin, LEAST)[0]
 
 
-@pytest.mark.parametrize(("events", "arms"), [(60, 5.0), (150, 5.0), (150, 1.0)])
+@pytest.mark.parametrize(
+    ("events", "arms"), [(20, 1.0), (30, 1.0), (60, 5.0), (150, 5.0), (150, 1.0)]
+)
 def test_at_the_margin_it_is_worth_one_on_average(events: int, arms: float) -> None:
     share = math.exp(MARGIN) / (math.exp(MARGIN) + arms)
     ones = np.arange(1, events)

@@ -10,7 +10,7 @@ import pytest
 
 from controller.manifests.admission import admit
 from controller.manifests.reader import read
-from controller.rollout import reconcile
+from controller.rollout import reconcile, scope
 from controller.rollout.desired import Catalog
 from controller.rollout.model import (
     ActiveHold,
@@ -319,6 +319,7 @@ def test_the_pinned_recall_reads_back_as_it_was() -> None:
         ({"approvedBy": ["ann"]}, "two different people"),
         ({"approvedBy": ["ann", " ANN "]}, "two different people"),
         ({"approvedBy": ["Ann <ann@example.org>", "ann@example.org"]}, "two different people"),
+        ({"approvedBy": ["Ann", "a@x.org", "Ann <a@x.org>"]}, "two different people"),
         ({"approvedBy": []}, "two different people"),
         ({"expires": "soon"}, "no time"),
         ({"level": "panic"}, "level"),
@@ -365,3 +366,22 @@ def test_a_stop_ends_what_still_waits_for_its_second_person() -> None:
     fleet.run(60)
     assert fleet.updated() == 0
     assert fleet.last.state is RolloutState.ROLLED_BACK
+
+
+def test_a_part_of_a_recall_is_named_by_step_or_device_alone() -> None:
+    fleet = Fleet(URGENT)
+    fleet.turn()
+    (pinned,) = (one.to_json() for one in fleet.pinned.values())
+    assert "not by cohorts" in scope.empty({"cohort": "canary"}, pinned)
+    assert not scope.empty({"step": 3}, pinned)
+    assert "its last one is step 4" in scope.empty({"step": 4}, pinned)
+
+
+def test_a_cohort_of_which_no_step_is_has_nobody_in_it() -> None:
+    fleet = Fleet(None)
+    fleet.turn()
+    (pinned,) = (one.to_json() for one in fleet.pinned.values())
+    steps = pinned["rollout"]["strategy"]["steps"]
+    pinned["rollout"]["strategy"]["steps"] = steps[:1]
+    assert "no step of it is of cohort general" in scope.empty({"cohort": "general"}, pinned)
+    assert not scope.empty({"cohort": "canary"}, pinned)

@@ -32,6 +32,7 @@ from controller.preview import preview
 from controller.roles import Right
 from controller.rollout import scope
 from controller.rollout.model import ACTIVE
+from controller.rollout.waves import plain_steps
 from controller.store import lookups, views
 from telemetry.store.database import reading
 
@@ -105,7 +106,8 @@ def _dialog(
         part = _scope(typed.get("scope", ""), verb)
         plan = commands.preview(page.deps.engine, kind=verb, rollout=row.id)
         few = rollouts <= _FEW_ROLLOUTS and ours <= _FEW
-        if verb == "rollback" and (part or few or typed.get("exact")):
+        exact = verb == "rollback" and (part or few or typed.get("exact"))
+        if exact or verb == "lift":  # of a lift: which holds it ends
             plan = preview(
                 page.deps.engine, page.book.seen, kind=verb, rollout=row.id,
                 body={"scope": part} if part else {}, now=page.deps.clock(),
@@ -135,12 +137,10 @@ def _dialog(
 
 def _scopes(pinned: Mapping[str, Any], part: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What the dialog offers besides everything: the steps, the cohorts, the device asked for."""
-    steps = pinned.get("rollout", {}).get("strategy", {}).get("steps", ())
-    waves = len(steps) + (1 if pinned.get("fixes") else 0)
-    cohorts = [str(c.get("name")) for c in pinned.get("fleet", {}).get("cohorts", ())]
+    waves = len(plain_steps(pinned)) + (1 if pinned.get("fixes") else 0)
     return [
         *((f"step:{n}", f"step {n + 1} alone") for n in range(waves)),
-        *((f"cohort:{name}", f"cohort {name} alone") for name in cohorts),
+        *((f"cohort:{name}", f"cohort {name} alone") for name in scope.reached(pinned)),
         *((f"device:{one}", f"device {one} alone") for one in (part or {}).get("devices", ())),
     ]
 

@@ -123,6 +123,8 @@ def _besides(verb: str, plan: Plain) -> tuple[str, ...]:
             "Writes the hold to Git when Git answers; it acts at once, with Git down too.",
             "Does not touch other rollouts or other components of these devices.",
         )
+    if verb == "lift":
+        return (f"{plan['sentence']}.",)
     if verb == "promote":
         return ("The step passes without the gate's proof: the audit names you.",)
     return ()

@@ -121,7 +121,7 @@ def rows_of(told: Any) -> list[Plain]:
             "told": one,
             "sign": of_rollout(one["state"]),
             "tally": member_tally(one["members"]["devices"]),
-            "steps": len(one["steps"]),
+            "steps": len(one["steps"]) + bool(one["fixes"]),
         }
         for one in told
     ]
