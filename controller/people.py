@@ -15,14 +15,13 @@ def same_person(one: str, other: str) -> bool:
     A bare `ann` is whoever has that mailbox, at any host: in doubt two names are one person's. Two
     whole addresses are one person's only if they are equal.
     """
-    a, b = _names(one), _names(other)
-    return not (a.isdisjoint(b) and a.isdisjoint(_mailboxes(b)) and b.isdisjoint(_mailboxes(a)))
+    return _meet(_names(one), _names(other))
 
 
 def are_several(names: Iterable[str]) -> bool:
     """Are there two different people among them? Two names are one's where a third has both."""
     one, *others = [found for name in names if (found := _names(name))] or [set()]
-    while kin := [other for other in others if not one.isdisjoint(other)]:
+    while kin := [other for other in others if _meet(one, other)]:
         one = one.union(*kin)
         others = [other for other in others if other not in kin]
     return bool(others)
@@ -33,6 +32,10 @@ def _names(text: str) -> set[str]:
     name, _, rest = text.partition("<")
     found = {part.strip().casefold() for part in (text, name, rest.rstrip("> "))}
     return found - {""}
+
+
+def _meet(a: set[str], b: set[str]) -> bool:
+    return not (a.isdisjoint(b) and a.isdisjoint(_mailboxes(b)) and b.isdisjoint(_mailboxes(a)))
 
 
 def _mailboxes(names: set[str]) -> set[str]:
