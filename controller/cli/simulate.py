@@ -285,6 +285,7 @@ def _faults(file: Path | None) -> tuple[Script, ...]:
 
 def _run(plan: Any, directory: Path, processes: int) -> int:
     """One child a process; one that was killed is started again, and continues from its disk."""
+    import os
     import signal
     import subprocess
     import sys
@@ -302,8 +303,10 @@ def _run(plan: Any, directory: Path, processes: int) -> int:
             file.write_text(text)
         commands.append([sys.executable, "-m", "device_agent.simulator", str(file)])
 
+    environment = os.environ | {"BELLWETHER_PARENT": str(os.getpid())}
+
     def begin(command: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
 
     ending: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,6 +17,8 @@ from typing import Any
 from device_agent.simulator.fleet import Fleet
 from device_agent.simulator.plan import Plan
 
+PARENT = "BELLWETHER_PARENT"  # in our environment: the process that watches us
+
 
 def _say(word: Mapping[str, Any]) -> None:
     """One JSON line for each thing that the parent waits for."""
@@ -43,7 +45,8 @@ async def _until_orphaned(parent: int) -> None:
 
 
 def main() -> int:
-    parent, file = os.getppid(), Path(sys.argv[1])
+    # Told by who starts us: asked for here, it may be gone, and whoever adopted us never goes.
+    parent, file = int(os.environ.pop(PARENT, os.getppid())), Path(sys.argv[1])
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with file.open() as plan:

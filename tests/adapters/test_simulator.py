@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -318,6 +320,16 @@ def test_a_device_that_cannot_write_ends_alone_and_is_started_again(
         seen = len(director.health.get("car-00", ()))
         director.until(lambda: len(director.health.get("car-00", ())) > seen + 1)
     assert {n for n in names if director.last[n].boot != boots[n]} == {"car-00"}
+
+
+def test_a_process_whose_parent_was_killed_before_it_looked_ends(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    file = tmp_path / "plan-0.json"
+    file.write_text(Plan(root=str(tmp_path), devices=()).to_json())
+    words = [sys.executable, "-m", "device_agent.simulator", str(file)]
+    environment = os.environ | {"BELLWETHER_PARENT": str(gone.pid)}
+    assert subprocess.run(words, env=environment, timeout=60, check=False).returncode == 0
 
 
 def test_a_plan_travels_as_json() -> None:
