@@ -27,6 +27,15 @@ def percent(share: float | None) -> str:
     return f"{share * 100:.3g} %"
 
 
+def weight(evidence: float | None, most: int = 1_000_000) -> str:
+    """Evidence of harm or safety: far beyond every limit its digits tell nothing."""
+    if evidence is not None and evidence > most:
+        return f"> {most:,}"
+    if evidence is not None and 0 < evidence < 0.001:
+        return "< 0.001"
+    return number(evidence)
+
+
 def moment(text: str | None) -> str:
     """RFC 3339 → `24 Nov 02:14:05`; all times of the pages are UTC."""
     if not text:
@@ -105,6 +114,7 @@ FILTERS = {
     "gist": gist,
     "number": number,
     "percent": percent,
+    "weight": weight,
     "moment": moment,
     "span": span,
     "size": size,
