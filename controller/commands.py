@@ -281,6 +281,7 @@ def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
         if scope == "digest":
             meant = {value, *stop_rows.released(conn, value)}
             rows = [r for r in rows if not meant.isdisjoint({r.digest, *r.artifacts.values()})]
+        known = bool(body.get("lift")) or stop_rows.known(conn, scope, value)
     where = f"{scope} {value}".strip()
     verb = "ends the stop of" if body.get("lift") else "no new activation in"
     return {
@@ -288,7 +289,9 @@ def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
         "scope": scope,
         "value": value,
         "rollouts": [{"id": row.id, "name": row.name, "fleet": row.fleet} for row in rows],
-        "sentence": f"{verb} {where}: {len(rows)} active rollouts may be concerned",
+        "sentence": f"{verb} {where}: "
+        + (f"{len(rows)} active {'rollout' if len(rows) == 1 else 'rollouts'} may be concerned")
+        + ("" if known else f"; {NOTHING}: is {value!r} written right?"),
     }
 
 
@@ -357,7 +360,8 @@ def _apply(
         )
         words = scopes.words(part)
         whom = f" for {words}" if words else ""
-        return f"{row['release']} is rejected by hold {hold}{whom}; devices: {kind}"
+        what = "devices go back" if kind == "rollback" else "devices stay as they are"
+        return f"{row['release']} is rejected by hold {hold}{whom}; {what}"
     if kind == "lift":
         return _lift(conn, row, body, actor, reason, now)
     return f"{kind} {row['name']} ({row['release']}) recorded"

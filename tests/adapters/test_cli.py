@@ -373,6 +373,36 @@ def test_a_refusal_names_the_next_command(server: str, command: str, code: int, 
     assert f"`{then}" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("pause cars --reason x --cohort canary", "only rollback and hold can take it"),
+        ("promote cars --reason x --to previous", "only rollback can take it"),
+        ("stop --reason x --scope prodct", "one of all, product, hardware, digest"),
+        ("approvals --state none", "one of waiting, granted, void"),
+        ("replay nothing/evidence.json", "nothing/evidence.json: no such file"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_what_does(
+    server: str, command: str, says: str
+) -> None:
+    done = run(*command.split(), BELLWETHER_SERVER=server)
+    assert done.returncode != 0
+    assert says in done.stderr
+
+
+def test_another_server_is_told_apart_from_what_is_not_there(server: str) -> None:
+    done = run("status", "--server", f"{server}/elsewhere")
+    assert done.returncode == 1
+    assert "is this a Bellwether server?" in done.stderr
+
+
+def test_a_stop_of_what_nobody_knows_says_so_before_it_is_made(server: str) -> None:
+    command = "stop --reason x --scope product --value nothing --dry-run"
+    done = run(*command.split(), BELLWETHER_SERVER=server)
+    assert "0 active rollouts may be concerned; NOTHING that we know is in it" in done.stdout
+
+
 def test_a_database_that_is_away_is_no_traceback(tmp_path: Path) -> None:
     url = "postgresql+psycopg://x@127.0.0.1:1/x"
     away = run("serve", "--state-dir", str(tmp_path), "--database", url, "--repo", str(tmp_path))
