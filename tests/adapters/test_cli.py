@@ -20,10 +20,11 @@ from sqlalchemy import insert, select
 from controller.devices import Registry
 from controller.http.app import Deps, create_app
 from controller.keys import DirectorKey
+from controller.manifests.kinds import Release
 from controller.settings import Settings, SettingsError, load
 from controller.store import approvals
 from controller.store.database import open_control
-from controller.store.tables import commands, decisions, holds, rollouts
+from controller.store.tables import commands, decisions, holds, releases, rollouts
 from telemetry.store.database import open_engine, reading, writing
 from telemetry.store.reports import Store
 from telemetry.store.tables import create_schema
@@ -371,6 +372,28 @@ def test_a_refusal_names_the_next_command(server: str, command: str, code: int, 
     done = run(*command.split(), BELLWETHER_SERVER=server)
     assert done.returncode == code, done.stderr
     assert f"`{then}" in done.stderr
+
+
+def test_releases_are_told_to_people(server: str, state: Path) -> None:
+    artifact = {"component": "autopilot", "digest": "sha256:" + "b" * 64, "size": 1_900_000}
+    document = Release(name="fsd-2", version="2.0", artifacts=(artifact,), notes="smoother")  # type: ignore[arg-type]
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with writing(engine) as conn:
+        conn.execute(
+            insert(releases).values(
+                name="fsd-2", digest="sha256:" + "a" * 64, commit="c" * 40, seen_at=NOW,
+                document=document.model_dump(mode="json"),
+            )
+        )  # fmt: skip
+    engine.dispose()
+    listed = run("release", "list", BELLWETHER_SERVER=server)
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [
+        ["fsd-2", "2.0", "autopilot"]
+    ]
+    shown = run("release", "show", "fsd-2", BELLWETHER_SERVER=server).stdout
+    assert f"artifact autopilot  sha256:{'b' * 64}, 1,900,000 bytes" in shown
+    assert "signed by           nobody" in shown
+    assert "{" not in shown
 
 
 @pytest.mark.parametrize(
