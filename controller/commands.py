@@ -282,7 +282,7 @@ def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
             meant = {value, *stop_rows.released(conn, value)}
             rows = [r for r in rows if not meant.isdisjoint({r.digest, *r.artifacts.values()})]
         known = bool(body.get("lift")) or stop_rows.known(conn, scope, value)
-    where = f"{scope} {value}".strip()
+    where = _everywhere(scope, value)
     verb = "ends the stop of" if body.get("lift") else "no new activation in"
     return {
         "kind": "stop",
@@ -490,17 +490,21 @@ def _stop(
             .values(lifted_at=now, lifted_by=actor)
         )
         if not lifted.rowcount:
-            raise Refused(409, f"no stop of {scope} {value} is in force".replace("  ", " "))
-        return f"the stop of {f'{scope} {value}'.rstrip()} has ended"
+            raise Refused(409, f"no stop of {_everywhere(scope, value)} is in force")
+        return f"the stop of {_everywhere(scope, value)} has ended"
     conn.execute(
         insert(stops).values(
             id=command, scope=scope, value=value, reason=reason, actor=actor, at=now
         )
     )
-    said = f"stopped: no new activation in {scope} {value}".rstrip()
+    said = f"stopped: no new activation in {_everywhere(scope, value)}"
     if stop_rows.known(conn, scope, value):
         return said
     return f"{said}; {NOTHING}: is {value!r} written right?"
+
+
+def _everywhere(scope: str, value: str) -> str:
+    return "all fleets" if scope == "all" else f"{scope} {value}"
 
 
 def _scope(body: Mapping[str, Any]) -> tuple[str, str]:

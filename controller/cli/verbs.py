@@ -61,11 +61,15 @@ def _command(kind: str) -> Callable[..., None]:
             int | None, typer.Option(min=1, help="rollback, hold: this step's devices alone.")
         ] = None,
         device: Annotated[
-            list[str] | None, typer.Option(help="rollback, hold: this device alone; repeatable.")
+            list[str] | None,
+            typer.Option(metavar="ID", help="rollback, hold: this device alone; repeatable."),
         ] = None,
         label: Annotated[
             list[str] | None,
-            typer.Option(help="rollback, hold: devices with KEY=VALUE alone; repeatable."),
+            typer.Option(
+                metavar="KEY=VALUE",
+                help="rollback, hold: devices with this label alone; repeatable.",
+            ),
         ] = None,
         break_glass: Annotated[
             bool, typer.Option("--break-glass", help="Without the second person; is told to all.")

@@ -352,6 +352,9 @@ def test_figures_read_as_people_write_them() -> None:
 
 def test_a_sentence_of_the_engine_is_escaped_and_its_names_are_code() -> None:
     assert figures.said("by policy `driving`") == "by policy <code>driving</code>"
+    assert figures.said("soaked 22 h of 24 h, 4 % failed") == (
+        "soaked 22\u00a0h of 24\u00a0h, 4\u00a0% failed"
+    )
     assert figures.said("`<b>`") == "<code>&lt;b&gt;</code>"
     assert figures.said("a ` b <i>") == "a ` b &lt;i&gt;"
     assert len(figures.said("x" * 50_000)) < figures.MOST + 100

@@ -93,9 +93,13 @@ def clip(text: Any) -> str:
     return shown if len(shown) <= MOST else shown[:MOST] + " … (cut: the API has all of it)"
 
 
+# `24 h`, `4 %`, `1.2 ×` stay on one line.
+_UNIT = re.compile(r"(\d) (%|×|(?:ms|s|min|h|d)\b)")
+
+
 def said(text: Any) -> Markup:
     """A sentence of the engine: what stands between backticks is a name, set as code."""
-    parts = clip(text).split("`")
+    parts = _UNIT.sub("\\1\u00a0\\2", clip(text)).split("`")
     if len(parts) % 2 == 0:
         return escape("`".join(parts))
     marked = [
