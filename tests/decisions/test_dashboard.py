@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from bench.estate_evidence import story
-from controller.cli import status
 from controller.http.dashboard import (
     blast,
     board,
@@ -120,7 +119,6 @@ def test_a_fix_has_a_step_before_the_first() -> None:
     assert len(names) == 4
     told = {**ONE, "fixes": "app-1"}
     assert [row["steps"] for row in sights.rows_of([told, {**ONE, "fixes": None}])] == [4, 3]
-    assert status.step({**told, "step": 3}) == "4/4"
 
 
 def test_margins_of_a_step_are_told_in_words() -> None:
