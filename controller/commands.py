@@ -281,14 +281,17 @@ def preview_stop(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
         if scope == "digest":
             meant = {value, *stop_rows.released(conn, value)}
             rows = [r for r in rows if not meant.isdisjoint({r.digest, *r.artifacts.values()})]
-    where = f"{scope} {value}".strip()
+        known = bool(body.get("lift")) or stop_rows.known(conn, scope, value)
+    where = _everywhere(scope, value)
     verb = "ends the stop of" if body.get("lift") else "no new activation in"
     return {
         "kind": "stop",
         "scope": scope,
         "value": value,
         "rollouts": [{"id": row.id, "name": row.name, "fleet": row.fleet} for row in rows],
-        "sentence": f"{verb} {where}: {len(rows)} active rollouts may be concerned",
+        "sentence": f"{verb} {where}: "
+        + (f"{len(rows)} active {'rollout' if len(rows) == 1 else 'rollouts'} may be concerned")
+        + ("" if known else f"; {NOTHING}: is {value!r} written right?"),
     }
 
 
@@ -357,7 +360,8 @@ def _apply(
         )
         words = scopes.words(part)
         whom = f" for {words}" if words else ""
-        return f"{row['release']} is rejected by hold {hold}{whom}; devices: {kind}"
+        what = "devices go back" if kind == "rollback" else "devices stay as they are"
+        return f"{row['release']} is rejected by hold {hold}{whom}; {what}"
     if kind == "lift":
         return _lift(conn, row, body, actor, reason, now)
     return f"{kind} {row['name']} ({row['release']}) recorded"
@@ -486,17 +490,21 @@ def _stop(
             .values(lifted_at=now, lifted_by=actor)
         )
         if not lifted.rowcount:
-            raise Refused(409, f"no stop of {scope} {value} is in force".replace("  ", " "))
-        return f"the stop of {f'{scope} {value}'.rstrip()} has ended"
+            raise Refused(409, f"no stop of {_everywhere(scope, value)} is in force")
+        return f"the stop of {_everywhere(scope, value)} has ended"
     conn.execute(
         insert(stops).values(
             id=command, scope=scope, value=value, reason=reason, actor=actor, at=now
         )
     )
-    said = f"stopped: no new activation in {scope} {value}".rstrip()
+    said = f"stopped: no new activation in {_everywhere(scope, value)}"
     if stop_rows.known(conn, scope, value):
         return said
     return f"{said}; {NOTHING}: is {value!r} written right?"
+
+
+def _everywhere(scope: str, value: str) -> str:
+    return "all fleets" if scope == "all" else f"{scope} {value}"
 
 
 def _scope(body: Mapping[str, Any]) -> tuple[str, str]:

@@ -140,6 +140,14 @@ def _group(group: list[Reached]) -> dict[str, Any]:
     }
 
 
+def _fit(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
+
+
+def _untold(n: int) -> str:
+    return _fit(n, "more is not told", "more are not told")
+
+
 def _sentence(
     kind: str,
     row: Mapping[str, Any],
@@ -151,16 +159,21 @@ def _sentence(
     where = scope.words(part)
     head = f"{kind} {row['release']}" + (f" for {where}" if where else "")
     if kind == "hold":
-        return f"{head}: {sum(n.values())} devices stay as they are, {untold} more are not told"
-    said = [f"{n['changes']} devices change now"]
+        stay = _fit(sum(n.values()), "device stays as it is", "devices stay as they are")
+        return f"{head}: {stay}, {_untold(untold)}"
+    said = [_fit(n["changes"], "device changes now", "devices change now")]
     if n["offline"]:
-        said.append(f"{n['offline']} are offline and go back at their next contact")
+        said.append(
+            _fit(n["offline"], "is offline and goes back at its next contact",
+                 "are offline and go back at their next contact")
+        )  # fmt: skip
     if n["waiting"]:
         why = Counter(one.why for one in groups["waiting"]).most_common(1)[0][0]
-        said.append(f"{n['waiting']} wait for their own safety ({why})")
+        waits = _fit(n["waiting"], "waits for its own safety", "wait for their own safety")
+        said.append(f"{waits} ({why})")
     if n["cannot"]:
         why = Counter(one.why for one in groups["cannot"]).most_common(1)[0][0]
         said.append(f"{n['cannot']} cannot go back ({why})")
     if untold:
-        said.append(f"{untold} more are not told")
+        said.append(_untold(untold))
     return f"{head}: " + "; ".join(said)

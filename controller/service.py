@@ -217,6 +217,7 @@ def _all(settings: Settings, stopping: threading.Event) -> int:
             settings = settings.model_copy(update={"broker": ours.url})
             log.info("broker", url=ours.url)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_fresh(settings.state_dir / "metrics"))
+        log.info("http", url=settings.public_url)
         children = [Child(role, settings) for role in ROLES]
         for child in children:
             child.start()

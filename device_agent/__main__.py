@@ -85,6 +85,14 @@ def _enrol(options: argparse.Namespace) -> int:
     return 0
 
 
+def _detail(body: bytes) -> str:
+    """What a problem document says; of anything else its beginning."""
+    try:
+        return str(json.loads(body)["detail"])
+    except (ValueError, KeyError, TypeError):
+        return body[:500].decode(errors="replace")
+
+
 def _claim(server: str, token: str) -> dict[str, Any]:
     import http.client
     import urllib.error
@@ -101,7 +109,7 @@ def _claim(server: str, token: str) -> dict[str, Any]:
             body = json.loads(answer.read(1 << 20))
     except urllib.error.HTTPError as error:
         with error:
-            said = error.read(500).decode(errors="replace")
+            said = _detail(error.read(4096))
         raise Failed(f"the server refused the token (HTTP {error.code}): {said}") from error
     except (http.client.HTTPException, OSError) as error:
         raise Failed(f"{server} does not answer: {error}") from error

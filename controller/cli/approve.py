@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from controller.cli.errors import Failed
 from controller.cli.options import SERVER, Format, Output, Server, Token
+
+_STATES = ("waiting", "granted", "void")
 
 
 def register(app: typer.Typer) -> None:
@@ -67,6 +70,8 @@ def approvals(
     from controller.cli import show
     from controller.cli.client import Api
 
+    if state not in ("", *_STATES):
+        raise Failed(f"--state {state}: one of {', '.join(_STATES)}", 2)
     rows = list(Api(server, token).every("/approvals", state=state))
     if output is Output.JSON:
         show.as_json(rows)
@@ -97,7 +102,8 @@ def recovery(
     if output is Output.JSON:
         show.as_json({**first, "items": rows, "next": None})
         return
-    print(f"{first['name']}: {first['count']} devices still run {first['release']}")
+    still = "device still runs" if first["count"] == 1 else "devices still run"
+    print(f"{first['name']}: {first['count']} {still} {first['release']}")
     show.table(
         ("DEVICE", "STANDS", "WHY", "LAST CONTACT"),
         [(r["device"], r["word"], r["why"], r["lastContact"] or "never") for r in rows],

@@ -95,6 +95,8 @@ def _failed(answer: Any) -> Failed:
     try:
         problem = answer.json()
         detail = str(problem["detail"])
+        if detail == "Not Found":  # the router's own: no page of ours is there
+            raise KeyError
     except (ValueError, KeyError, TypeError):
         detail = f"HTTP {answer.status_code} of {answer.url}: is this a Bellwether server?"
         if answer.status_code == 404:  # somebody else's: nobody needs to wait for what was named

@@ -1,4 +1,4 @@
-"""`demo`: the whole story on real parts, in about a minute and a half; then it is your turn."""
+"""`demo`: the whole story on real parts, in about two minutes; then it is your turn."""
 
 from __future__ import annotations
 
@@ -77,8 +77,10 @@ def demo(
             sys.stdout.flush()
         if error:
             sys.stderr.write(f"bellwether demo: {error}\n")
-        elif not check:
-            _your_turn(story)
+        else:
+            story.tell(f"All {len(story.acts)} acts happened as told.")
+            if not check:
+                _your_turn(story)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
     finally:

@@ -11,7 +11,9 @@ from controller.cli.options import SERVER, Format, Output, Server, Token
 
 group = typer.Typer(help="The registry of devices.", no_args_is_help=True)
 Id = Annotated[str, typer.Argument(metavar="ID", help="Id of the device.")]
-Labels = Annotated[list[str] | None, typer.Option("--label", help="key=value; may be repeated.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="May be repeated.")
+]
 Reason = Annotated[str, typer.Option(help="Why: stands in the audit.")]
 
 

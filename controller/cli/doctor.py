@@ -118,7 +118,7 @@ def _tell(tables: Tables, found: list[Finding], output: Output, *, signed: bool)
             }
         )
         return
-    counts = ", ".join(f"{n:,} {name}" for name, n in looked_at.items())
+    counts = ", ".join(show.count(n, name) for name, n in looked_at.items())
     if not signed:
         counts += "; signatures not checked: keys/director.pem is not in --state-dir"
     for note in notes:
@@ -128,4 +128,4 @@ def _tell(tables: Tables, found: list[Finding], output: Output, *, signed: bool)
         return
     for one in found:
         print(f"{one.invariant:<4} {one.what}\n     → {one.do}")
-    print(f"{len(found)} findings: {counts}")
+    print(f"{show.count(len(found), 'findings')}: {counts}")

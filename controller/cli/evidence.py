@@ -55,7 +55,7 @@ def verify(
         Path | None, typer.Option(help="A clone of the fleet repository with anchors of the audit.")
     ] = None,
     head: Annotated[
-        list[str] | None, typer.Option(help="SEQ:HASH of a head that you kept; repeatable.")
+        list[str] | None, typer.Option(metavar="SEQ:HASH", help="A head that you kept; repeatable.")
     ] = None,
 ) -> None:
     """Check an evidence file, or the whole audit against heads kept outside. Needs no service."""

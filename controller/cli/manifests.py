@@ -59,8 +59,8 @@ def validate(
             word = "" if problem.severity == "error" else "notice: "
             where, _, rest = str(problem).partition(": ")
             typer.echo(f"{where}: {word}{rest}", err=problem in errors)
-        words = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "no documents"
-        typer.echo(f"{words}: {len(errors)} errors" if errors else f"{words}: valid")
+        words = ", ".join(show.count(n, name) for name, n in counts.items() if n) or "no documents"
+        typer.echo(f"{words}: {show.count(len(errors), 'errors') if errors else 'valid'}")
     if errors or not any(counts.values()):
         raise typer.Exit(1)
 

@@ -65,7 +65,10 @@ def list_releases(
     if output is Output.JSON:
         show.as_json(found)
         return
-    rows = [(r["name"], r["version"], ", ".join(_components(r)), r["digest"][:19]) for r in found]
+    rows = [
+        (r["name"], r["document"]["version"], ", ".join(_components(r)), r["digest"][:19])
+        for r in found
+    ]
     show.table(("NAME", "VERSION", "COMPONENTS", "DIGEST"), rows)
 
 
@@ -86,7 +89,7 @@ def show_release(
     if output is Output.JSON:
         show.as_json(found)
         return
-    show.table(("FIELD", "VALUE"), [(key, value) for key, value in found.items()])
+    show.table(("FIELD", "VALUE"), _about(found))
 
 
 @group.command("sign")
@@ -142,5 +145,27 @@ def new_key(
 
 
 def _components(release: dict[str, Any]) -> list[str]:
-    listed = release.get("components") or release.get("artifacts") or []
-    return sorted(c["component"] if isinstance(c, dict) else str(c) for c in listed)
+    return sorted(artifact["component"] for artifact in release["document"]["artifacts"])
+
+
+def _about(release: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a person asks of a release; `-o json` has the whole document."""
+    told = release["document"]
+    back = told["rollback"]
+    way_back = "allowed" if back["allowed"] else " ".join(("NOT allowed", back["reason"])).strip()
+    signed = [one["keyid"][:16] for one in told["signatures"]]
+    return [
+        ("name", release["name"]),
+        ("version", told["version"]),
+        ("digest", release["digest"]),
+        *(
+            (f"artifact {a['component']}", f"{a['digest']}, {a['size']:,} bytes")
+            for a in told["artifacts"]
+        ),
+        ("requires", ", ".join(f"{r['component']} {r['version']}" for r in told["requires"])),
+        ("fixes", told["fixes"]),
+        ("rollback", way_back),
+        ("signed by", ", ".join(signed) or "nobody"),
+        ("commit", f"{release['commit']}, accepted {release['seenAt']}"),
+        ("notes", told["notes"]),
+    ]

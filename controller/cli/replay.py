@@ -52,6 +52,8 @@ def replay(
         else:
             _tried(_past_of(what, data), tried, None, output)
         return
+    if "/" in what:  # no rollout has such a name
+        raise Failed(f"{what}: no such file")
     if state_dir is not None or database is not None:
         past, looks = recorded(what, state_dir, database, tried)
         _show(past, looks, tried, output)

@@ -13,6 +13,12 @@ def as_json(value: Any) -> None:
     print(json.dumps({"v": 1, **body}, indent=2, ensure_ascii=False))
 
 
+def count(n: int, many: str) -> str:
+    """`1 policy`, `2 policies`."""
+    one = many.removesuffix("ies") + "y" if many.endswith("ies") else many.removesuffix("s")
+    return f"{n:,} {one if n == 1 else many}"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Rich on a terminal; columns padded with blanks elsewhere: nothing is cut off."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]

@@ -30,14 +30,17 @@ def simulate(
     ] = None,
     name: Annotated[str, typer.Option(help="What their ids begin with.")] = "car",
     label: Annotated[
-        list[str] | None, typer.Option(help="key=value for all of them; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="For all of them; may be repeated."),
     ] = None,
     pace: Annotated[float, typer.Option(min=0, help="Hours of driving a second.")] = 1.0,
     seed: Annotated[str, typer.Option(help="The same seed, the same drivers.")] = "1",
     history: Annotated[int, typer.Option(min=0, max=40, help="Days of recorded past.")] = 0,
     factory: Annotated[
         list[str] | None,
-        typer.Option(help="COMPONENT=RELEASE=BUNDLE in slot a from the start; may be repeated."),
+        typer.Option(
+            metavar="COMPONENT=RELEASE=BUNDLE", help="In slot a from the start; may be repeated."
+        ),
     ] = None,
     careful: Annotated[
         float, typer.Option(min=0, max=1, help="Share of drivers with the fewest events.")

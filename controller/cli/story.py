@@ -160,7 +160,9 @@ class Story:
         held = self._wait(
             self._held, self.size.patience, f"the hold of {version} does not reach Git"
         )
-        self._act(f"hold {version}", self.repository.commit_of(f"holds/{held}"), None, sentence)
+        commit = self.repository.commit_of(f"holds/{held}")
+        told = f"HELD — holds/{held} in Git rejects {version}: no commit brings it back"
+        self._act(f"hold {version}", commit, None, told)
         return True
 
     def fixed(self, version: str, broken: str, *, caught: bool) -> None:
@@ -301,10 +303,11 @@ class Story:
                 if step >= 0:
                     self._act(f"widen {version}", commit, seen)
                 step, since = seen["step"], time.monotonic()
-            words = re.sub(r"[0-9.]+", "", f"{state} {sentence[:24]}")
+            words = re.sub(r"[0-9.]+", "", f"{state} {sentence}")[:40]
             if words != told:
                 told = words
-                self.tell(f"  {state}: {sentence}")
+                if not self.acts or self.acts[-1]["sentence"] != sentence:  # the act said it
+                    self.tell(f"  {sentence}")
             waited = self._waited(since)
             if may_wait and waited > 60.0 and state == "Soaking":
                 return seen

@@ -30,7 +30,9 @@ def create(
     role: Annotated[
         str, typer.Option(help="viewer, release-manager, on-call, admin or auditor.")
     ] = "viewer",
-    fleet: Annotated[list[str] | None, typer.Option(help="Only this fleet; repeatable.")] = None,
+    fleet: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this fleet; repeatable.")
+    ] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Days until it expires.")] = None,
     state_dir: Where = HERE,
     database: Database = None,

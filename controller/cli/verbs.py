@@ -33,6 +33,7 @@ _HELP = {
     "resume": "Go on with a paused or inconclusive rollout.",
     "promote": "Pass the pause or the soak of the current step.",
 }
+_SCOPES = ("all", "product", "hardware", "digest")
 _STOPPED = (
     "Which: a product (a label, or a fleet), a hardware, a digest (of a release or an artifact)."
 )
@@ -60,11 +61,15 @@ def _command(kind: str) -> Callable[..., None]:
             int | None, typer.Option(min=1, help="rollback, hold: this step's devices alone.")
         ] = None,
         device: Annotated[
-            list[str] | None, typer.Option(help="rollback, hold: this device alone; repeatable.")
+            list[str] | None,
+            typer.Option(metavar="ID", help="rollback, hold: this device alone; repeatable."),
         ] = None,
         label: Annotated[
             list[str] | None,
-            typer.Option(help="rollback, hold: devices with KEY=VALUE alone; repeatable."),
+            typer.Option(
+                metavar="KEY=VALUE",
+                help="rollback, hold: devices with this label alone; repeatable.",
+            ),
         ] = None,
         break_glass: Annotated[
             bool, typer.Option("--break-glass", help="Without the second person; is told to all.")
@@ -83,6 +88,7 @@ def _command(kind: str) -> Callable[..., None]:
         given: dict[str, Any] = {name: _typed(text) for name, text in body.items() if text}
         if scope := _scope(cohort, step, device, label):
             given["scope"] = scope
+        _belongs(kind, given)
         if break_glass:
             given["breakGlass"] = True
         if state_dir is not None:
@@ -93,6 +99,15 @@ def _command(kind: str) -> Callable[..., None]:
 
     command.__name__ = kind
     return command
+
+
+def _belongs(kind: str, given: dict[str, Any]) -> None:
+    """An option of another verb is refused: a part that was named must not be taken for all."""
+    of = {"to": ("rollback",), "hold": ("lift",), "scope": ("rollback", "hold")}
+    for name, kinds in of.items():
+        if name in given and kind not in kinds:
+            options = "--cohort, --step, --device, --label" if name == "scope" else f"--{name}"
+            raise Failed(f"{kind} has no {options}: only {' and '.join(kinds)} can take it", 2)
 
 
 def _scope(
@@ -133,6 +148,8 @@ def stop(
     output: Format = Output.TABLE,
 ) -> None:
     """Stop everything in scope: no new activation anywhere. Needs no preview, no Git, no broker."""
+    if scope not in _SCOPES:
+        raise Failed(f"--scope {scope}: one of {', '.join(_SCOPES)}", 2)
     body = {"scope": scope, "value": value, "reason": reason, "incident": incident or ""}
     given: dict[str, Any] = {name: _typed(text) for name, text in body.items() if text}
     if end:

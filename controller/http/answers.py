@@ -12,7 +12,7 @@ from pydantic.alias_generators import to_camel
 
 DIGEST = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 SENTENCE = (
-    "ROLLED BACK — disengagements 2.74 per 1,000 km [1.9, 3.8] exceed 1.5 × control (0.41); "
+    "ROLLED BACK — disengagement 2.74 per 1,000 km [1.9, 3.8] exceeds 1.5 × control (0.41); "
     "1,840 cars, 41,000 km; by policy `driving`, commit 9c1f2ab"
 )
 

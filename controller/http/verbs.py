@@ -280,7 +280,7 @@ def _preview(kind: str, ask: Ask, row: Any, body: bodies.Verb) -> Response:
 def _wants(kind: str, body: bodies.Verb) -> Plain:
     given = {"to": body.to, "hold": body.hold, "scope": body.scope}
     if body.scope is not None and kind not in ("rollback", "hold"):
-        raise Problem(422, f"{kind}: it has no scope", pointer="/scope")
+        raise Problem(422, f"{kind} is of the whole rollout: leave its scope out", pointer="/scope")
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -107,7 +107,9 @@ def _end(world: World, rollout: Rollout, hold: ActiveHold, now: float) -> Iterat
         after = f"{told} devices go back to what each ran before"
     cause = rollout.flags.get("cause") if hold.id == rollout.flags.get("hold") else None
     why = (cause or hold.reason).removeprefix("ROLLED BACK — ")  # the state is said once
-    sentence = f"{verb} — {why}; {after}; by {hold.actor}"
+    sentence = f"{verb} — {why}; {after}"
+    if f"by {hold.actor}" not in why.replace("`", ""):  # a gate's sentence names its policy
+        sentence += f"; by {hold.actor}"
     if cause is None:
         sentence += f", commit {rollout.commit[:7]}"
     step = retreat.first_step(world.pinned[rollout.id], members)

@@ -405,7 +405,7 @@ def _lacks_hours(engine: Engine, gate: Gate, seen: MetricSeen, budget: tuple[flo
     hours = first_events.hours_needed(engine, budget[0], firsts)
     return (
         f"{_number(exposure)} of {_number(hours)} {_words(budget[1])}s without another event "
-        f"needed ({firsts} devices had one)"
+        f"needed ({firsts} {'device' if firsts == 1 else 'devices'} had one)"
     )
 
 
@@ -460,7 +460,7 @@ def _says_rate(
     else:
         shown = f"{head}, at least {_number(low)} × control"
     limit = f"{_number(margin)} × control" if low >= margin else "control"
-    verb = "exceed" if low > 1 else "against"
+    verb = "exceeds" if low > 1 else "against"
     return f"{shown} {verb} {limit} ({_number(rate0)}); {tail}"
 
 
@@ -468,7 +468,7 @@ def _says_fleet(gate: Gate, whole: fleetwide.Fleetwide | None) -> str:
     """The post-stratified number, with the excess that a ratio hides."""
     if whole is None or math.isnan(whole.ratio):
         return ""
-    part = "" if whole.covered > 0.995 else f" (of {whole.covered:.0%} of it)"
+    part = "" if whole.covered > 0.995 else f" (of {whole.covered * 100:.0f} % of it)"
     return (
         f"; for the fleet{part} {_number(whole.ratio)} ×, {whole.excess:+.3g} per 1,000 "
         f"{_words(gate.unit)}s"

@@ -20,10 +20,11 @@ from sqlalchemy import insert, select
 from controller.devices import Registry
 from controller.http.app import Deps, create_app
 from controller.keys import DirectorKey
+from controller.manifests.kinds import Release
 from controller.settings import Settings, SettingsError, load
 from controller.store import approvals
 from controller.store.database import open_control
-from controller.store.tables import commands, decisions, holds, rollouts
+from controller.store.tables import commands, decisions, holds, releases, rollouts
 from telemetry.store.database import open_engine, reading, writing
 from telemetry.store.reports import Store
 from telemetry.store.tables import create_schema
@@ -371,6 +372,58 @@ def test_a_refusal_names_the_next_command(server: str, command: str, code: int, 
     done = run(*command.split(), BELLWETHER_SERVER=server)
     assert done.returncode == code, done.stderr
     assert f"`{then}" in done.stderr
+
+
+def test_releases_are_told_to_people(server: str, state: Path) -> None:
+    artifact = {"component": "autopilot", "digest": "sha256:" + "b" * 64, "size": 1_900_000}
+    document = Release(name="fsd-2", version="2.0", artifacts=(artifact,), notes="smoother")  # type: ignore[arg-type]
+    engine = open_control(f"sqlite:///{state}/control.db")
+    with writing(engine) as conn:
+        conn.execute(
+            insert(releases).values(
+                name="fsd-2", digest="sha256:" + "a" * 64, commit="c" * 40, seen_at=NOW,
+                document=document.model_dump(mode="json"),
+            )
+        )  # fmt: skip
+    engine.dispose()
+    listed = run("release", "list", BELLWETHER_SERVER=server)
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [
+        ["fsd-2", "2.0", "autopilot"]
+    ]
+    shown = run("release", "show", "fsd-2", BELLWETHER_SERVER=server).stdout
+    assert f"artifact autopilot  sha256:{'b' * 64}, 1,900,000 bytes" in shown
+    assert "signed by           nobody" in shown
+    assert "{" not in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("pause cars --reason x --cohort canary", "only rollback and hold can take it"),
+        ("promote cars --reason x --to previous", "only rollback can take it"),
+        ("stop --reason x --scope prodct", "one of all, product, hardware, digest"),
+        ("approvals --state none", "one of waiting, granted, void"),
+        ("replay nothing/evidence.json", "nothing/evidence.json: no such file"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_what_does(
+    server: str, command: str, says: str
+) -> None:
+    done = run(*command.split(), BELLWETHER_SERVER=server)
+    assert done.returncode != 0
+    assert says in done.stderr
+
+
+def test_another_server_is_told_apart_from_what_is_not_there(server: str) -> None:
+    done = run("status", "--server", f"{server}/elsewhere")
+    assert done.returncode == 1
+    assert "is this a Bellwether server?" in done.stderr
+
+
+def test_a_stop_of_what_nobody_knows_says_so_before_it_is_made(server: str) -> None:
+    command = "stop --reason x --scope product --value nothing --dry-run"
+    done = run(*command.split(), BELLWETHER_SERVER=server)
+    assert "0 active rollouts may be concerned; NOTHING that we know is in it" in done.stdout
 
 
 def test_a_database_that_is_away_is_no_traceback(tmp_path: Path) -> None:

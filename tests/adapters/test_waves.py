@@ -16,6 +16,7 @@ def test_a_fix_goes_first_to_the_devices_that_ran_the_fault(story: Story) -> Non
     story.commit(*base(), rollout("cars", "app-2"))
     story.run(8)
     assert story.rollout().state == "RolledBack"
+    assert story.rollout().sentence.count("by policy") == 1
     story.commit(*base(), release("3", name="app-fix", fixes="app-2"), rollout("cars", "app-fix"))
     story.run(1)
     with reading(story.engine) as conn:

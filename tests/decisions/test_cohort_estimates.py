@@ -147,7 +147,7 @@ def test_best_first_estimates_a_doubled_rate_for_its_own_band_and_says_so() -> N
     for r in runs:
         assert r.valid_from is not None
         assert fleetwide(r)["covered"] < 0.5  # and the sentence names that part of the fleet
-        assert "% of it" in r.reading.says
+        assert " % of it" in r.reading.says
     # What everybody's rate would have said: a doubled rate is hidden completely.
     assert geometric([r.naive for r in runs]) < 1.1
 

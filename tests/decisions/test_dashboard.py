@@ -17,6 +17,7 @@ from controller.http.dashboard import (
     overview,
     rollout,
     shares,
+    sights,
     tally,
 )
 from controller.http.dashboard.census import Counts
@@ -116,6 +117,14 @@ def test_a_fix_has_a_step_before_the_first() -> None:
     names = [step.name for step in rollout.steps(ONE, "app-1", {}, {})]
     assert names[0] == "devices that ran app-1"
     assert len(names) == 4
+    told = {**ONE, "fixes": "app-1"}
+    assert [row["steps"] for row in sights.rows_of([told, {**ONE, "fixes": None}])] == [4, 3]
+
+
+def test_margins_of_a_step_are_told_in_words() -> None:
+    step = {"cohort": "canary", "margins": {"failed": 0.08, "ratio": 2.0, "cabin_cpu": 3.0}}
+    (shown,) = rollout.steps({**ONE, "steps": [step]}, None, {}, {})
+    assert shown.limits == ("must refute cabin cpu 3, 8 % failed, 2 × control",)
 
 
 def test_verbs_are_those_of_the_state_and_of_the_person() -> None:
@@ -222,6 +231,15 @@ def test_a_dialog_says_the_verb_and_the_number() -> None:
     assert blast.dialog("rollback", {**plan, "devices": 1}, "eu", 0).button == "Roll back 1 device"
     assert blast.dialog("hold", plan, "eu", 0).needs_reason
     assert not blast.dialog("resume", plan, "eu", 0).danger
+    one = {**plan, "members": {"told": 1, "drawn": 1}, "devices": 1}
+    assert [
+        f"{line.what}: {line.detail}" for line in blast.dialog("rollback", one, "eu", 1).lines
+    ] == [
+        "was told this release: it returns to what it ran before",
+        "of them is offline now: it goes back at its next contact",
+        "of them is still installing: it stops, or goes back once it is safe (parked, landed)",
+        "more would have been told: it never is",
+    ]
 
 
 def test_an_exact_dialog_says_who_cannot_go_back_and_why() -> None:
@@ -251,6 +269,28 @@ def test_a_card_counts_who_was_never_heard() -> None:
         ("app-2", 3), ("app-1", 5), ("not heard yet", 2),
     ]  # fmt: skip
     assert card.others == (("retired", 2),)
+
+
+def test_a_release_has_one_colour_in_the_bar_and_in_the_chart() -> None:
+    days = (("2026-11-23", (9, 0, 0)), ("2026-11-24", (2, 3, 5)))
+    share = shares.Share(
+        fleet="eu", component="app", releases=("app-1", "app-2", "app-0"), days=days
+    )
+    places = dict(zip(share.releases, overview.tones(share, ONE), strict=True))
+    runs = {("app-1", "a"): 2, ("app-2", "b"): 3, ("app-0", "c"): 5}
+    bar = overview.shares(runs, 10, ONE)
+    assert [part.key for part in bar.segments] == sorted(places, key=lambda name: places[name])
+    assert overview.tones(share, {**ONE, "release": "app-3"}) == (3, 2, 1)  # nobody runs it yet
+
+
+def test_the_timeline_stands_newest_first_also_within_a_second() -> None:
+    at = "2026-11-24T02:14:05Z"
+    drawn = {**member(), "name": "cars", "release": "app-2", "score": None, "drawnAt": at,
+             "toldAt": at, "updatedAt": at}  # fmt: skip
+    claim = {"at": "2026-11-23T02:14:05Z", "action": "device.claim", "actor": "device:car-1",
+             "detail": {}}  # fmt: skip
+    words = [entry.sign.word for entry in device.timeline(CAR, [drawn], [claim])]
+    assert words == ["Told", "Drawn", "By itself"]
 
 
 def test_the_most_urgent_stands_first() -> None:
@@ -299,6 +339,9 @@ def test_figures_read_as_people_write_them() -> None:
     assert figures.number(0.00041) == "0.00041"
     assert figures.number(float("nan")) == figures.number(None) == "—"
     assert figures.percent(0.0123) == "1.23 %"
+    assert figures.weight(8.01e10) == "> 1,000,000"
+    assert figures.weight(4e-12) == "< 0.001"
+    assert figures.weight(None) == "—"
     assert figures.span(5400) == "1.5 h"
     assert figures.size(1.9e12) == "1.9 TB"
     assert figures.moment("2026-11-24T02:14:05Z") == "24 Nov 02:14:05"
@@ -307,6 +350,9 @@ def test_figures_read_as_people_write_them() -> None:
 
 def test_a_sentence_of_the_engine_is_escaped_and_its_names_are_code() -> None:
     assert figures.said("by policy `driving`") == "by policy <code>driving</code>"
+    assert figures.said("soaked 22 h of 24 h, 4 % failed") == (
+        "soaked 22\u00a0h of 24\u00a0h, 4\u00a0% failed"
+    )
     assert figures.said("`<b>`") == "<code>&lt;b&gt;</code>"
     assert figures.said("a ` b <i>") == "a ` b &lt;i&gt;"
     assert len(figures.said("x" * 50_000)) < figures.MOST + 100

@@ -136,3 +136,5 @@ def test_the_readme_leads_to_a_first_updated_device(shell: Shell) -> None:
     ).stdout:  # fmt: skip
         assert time.monotonic() < deadline
         time.sleep(0.5)
+    assert "trying it" in shell.run(lines[4].replace("sleep 5;", ""))
+    shell.run(lines[5])

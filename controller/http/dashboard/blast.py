@@ -60,20 +60,36 @@ def _groups(plan: Plain) -> tuple[Line, ...]:
     """Device by device: who changes, who is away, who waits for its safety, who cannot and why."""
     also = sum(plan["also"].values())
     found = (
-        Line(n=plan["changes"]["count"], what="change now", detail="each to what it ran before"),
-        Line(n=plan["offline"]["count"], what="are offline", detail="each at its next contact"),
-        Line(
-            n=plan["waiting"]["count"], what="wait for their own safety",
-            detail=_why(plan["waiting"]),
+        _line(plan["changes"]["count"], "changes now", "change now", "to what it ran before",
+              "each to what it ran before"),
+        _line(plan["offline"]["count"], "is offline", "are offline", "at its next contact",
+              "each at its next contact"),
+        _line(
+            plan["waiting"]["count"], "waits for its own safety", "wait for their own safety",
+            _why(plan["waiting"]),
         ),
         Line(
             n=plan["cannot"]["count"], what="cannot go back: fix forward",
             detail=_why(plan["cannot"]),
         ),
-        Line(n=plan["untold"], what="more would have been told", detail="they never are"),
-        Line(n=also, what="other components go back with them", detail=", ".join(plan["also"])),
+        _untold(plan["untold"]),
+        _line(also, "other component goes back with them", "other components go back with them",
+              ", ".join(plan["also"])),
     )  # fmt: skip
     return tuple(line for line in found if line.n or line is found[0])
+
+
+def _line(n: int, one: str, many: str, detail: str, details: str | None = None) -> Line:
+    """In words that fit the number; `details` for other than one, where they differ."""
+    if n == 1:
+        return Line(n=n, what=one, detail=detail)
+    return Line(n=n, what=many, detail=detail if details is None else details)
+
+
+def _untold(n: int) -> Line:
+    return _line(
+        n, "more would have been told", "more would have been told", "it never is", "they never are"
+    )
 
 
 def _why(group: Plain) -> str:
@@ -93,26 +109,35 @@ def _lines(verb: str, states: Mapping[str, int], devices: int, away: int) -> tup
     n = states.get
     if verb == "rollback":
         found = [
-            Line(n=devices, what="were told this release",
-                 detail="each returns to what it ran before"),
-            Line(n=min(away, devices), what="of them are offline now",
-                 detail="each goes back at its next contact"),
-            Line(n=n("told", 0), what="of them are still installing",
-                 detail="they stop, or go back once it is safe (parked, landed)"),
-            Line(n=n("failed", 0) + n("silent", 0), what="of them failed or are silent",
-                 detail="the order waits for them; a silent one may need a visit"),
-            Line(n=n("drawn", 0), what="more would have been told", detail="they never are"),
+            _line(devices, "was told this release", "were told this release",
+                  "it returns to what it ran before", "each returns to what it ran before"),
+            _line(min(away, devices), "of them is offline now", "of them are offline now",
+                  "it goes back at its next contact", "each goes back at its next contact"),
+            _line(n("told", 0), "of them is still installing", "of them are still installing",
+                  "it stops, or goes back once it is safe (parked, landed)",
+                  "they stop, or go back once it is safe (parked, landed)"),
+            _line(n("failed", 0) + n("silent", 0),
+                  "of them failed or is silent", "of them failed or are silent",
+                  "the order waits for it; a silent one may need a visit",
+                  "the order waits for them; a silent one may need a visit"),
+            _untold(n("drawn", 0)),
         ]  # fmt: skip
         return tuple(line for line in found if line.n or line is found[0])
     if verb == "hold":
         return (
-            Line(n=devices, what="keep this release", detail="nobody is moved"),
-            Line(n=n("drawn", 0), what="more would have been told", detail="they never are"),
+            _line(devices, "keeps this release", "keep this release", "nobody is moved"),
+            _untold(n("drawn", 0)),
         )
     open_ends = n("drawn", 0) + n("told", 0)
     return (
-        Line(n=sum(states.values()), what="are in the rollout so far", detail=""),
-        Line(n=open_ends, what="are not updated yet", detail="they are who this concerns"),
+        _line(sum(states.values()), "is in the rollout so far", "are in the rollout so far", ""),
+        _line(
+            open_ends,
+            "is not updated yet",
+            "are not updated yet",
+            "it is whom this concerns",
+            "they are whom this concerns",
+        ),
     )
 
 

@@ -228,7 +228,10 @@ def timeline(
                 what=row["action"],
                 detail=str(detail.get("reason") or ""),
                 by=row["actor"],
-                sign=sign("By a person", Tone.IDLE),
+                sign=sign(
+                    "By itself" if row["actor"] == f"device:{device['id']}" else "By a person",
+                    Tone.IDLE,
+                ),
             )
         )
     if device["enrolledAt"]:
@@ -236,6 +239,7 @@ def timeline(
             Entry(at=device["enrolledAt"], what="enrolled", detail=f"fleet {device['fleet']}",
                   by="server", sign=sign("Enrolled", Tone.IDLE))
         )  # fmt: skip
+    found.reverse()  # of one moment, what follows from the other stands above it
     return tuple(sorted(found, key=lambda entry: entry.at, reverse=True)[:limit])
 
 

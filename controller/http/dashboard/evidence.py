@@ -84,7 +84,7 @@ def guardrails(numbers: Plain) -> tuple[Guardrail, ...]:
 
 def _urgency(rail: Guardrail) -> tuple[bool, bool, bool, int, str]:
     """The binding one, then what leans to harm, then what the policy measures, then the rest."""
-    leans = (rail.harm or 0.0) >= 1
+    leans = (rail.harm or 0.0) > 1
     return not rail.binding, rail.dry_run, not leans, _RANK.get(rail.kind, 9), rail.name
 
 
@@ -162,7 +162,8 @@ def _sign(
     if safe is not None and safe >= safe_limit:
         return sign("Safe", Tone.GOOD)
     if safe is None:
-        return sign("No harm seen", Tone.IDLE) if (harm or 0.0) < 1 else sign("Watching", Tone.WAIT)
+        # Evidence of 1 leans neither way: there is nothing to watch.
+        return sign("Watching", Tone.WAIT) if (harm or 0.0) > 1 else sign("No harm seen", Tone.IDLE)
     return sign("Not proven yet", Tone.WAIT)
 
 

@@ -27,6 +27,15 @@ def percent(share: float | None) -> str:
     return f"{share * 100:.3g} %"
 
 
+def weight(evidence: float | None, most: int = 1_000_000) -> str:
+    """Evidence of harm or safety: far beyond every limit its digits tell nothing."""
+    if evidence is not None and evidence > most:
+        return f"> {most:,}"
+    if evidence is not None and 0 < evidence < 0.001:
+        return "< 0.001"
+    return number(evidence)
+
+
 def moment(text: str | None) -> str:
     """RFC 3339 → `24 Nov 02:14:05`; all times of the pages are UTC."""
     if not text:
@@ -84,9 +93,13 @@ def clip(text: Any) -> str:
     return shown if len(shown) <= MOST else shown[:MOST] + " … (cut: the API has all of it)"
 
 
+# `24 h`, `4 %`, `1.2 ×` stay on one line.
+_UNIT = re.compile(r"(\d) (%|×|(?:ms|s|min|h|d)\b)")
+
+
 def said(text: Any) -> Markup:
     """A sentence of the engine: what stands between backticks is a name, set as code."""
-    parts = clip(text).split("`")
+    parts = _UNIT.sub("\\1\u00a0\\2", clip(text)).split("`")
     if len(parts) % 2 == 0:
         return escape("`".join(parts))
     marked = [
@@ -105,6 +118,7 @@ FILTERS = {
     "gist": gist,
     "number": number,
     "percent": percent,
+    "weight": weight,
     "moment": moment,
     "span": span,
     "size": size,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.http.dashboard.census import UNHEARD, Counts
+from controller.http.dashboard.shares import OTHERS, Share
 from controller.http.dashboard.signs import Sign, Tone, of_rollout, sign
 from controller.http.dashboard.tally import Tally, tally
 from controller.rollout.model import ACTIVE
@@ -72,6 +73,22 @@ def fleet_card(
     )
 
 
+def tones(share: Share, newest: Plain | None) -> tuple[int, ...]:
+    """The place of each release's tone in the chart: its colour is that of the fleet's bar."""
+    now = dict(zip(share.releases, share.days[-1][1], strict=True))
+    first = "" if newest is None else newest["release"]
+    order = sorted(
+        now, key=lambda release: (release == OTHERS, release != first, -now[release], release)
+    )
+    shift = _shift(order, first)
+    return tuple(order.index(release) + shift for release in share.releases)
+
+
+def _shift(order: Sequence[str], first: str) -> int:
+    """The newest release has the first tone even while nobody runs it."""
+    return 0 if not order or order[0] == first else 1
+
+
 def shares(runs: Mapping[tuple[str, str], int], total: int, newest: Plain | None) -> Tally:
     """Who runs what: the newest rollout's release first, then by size; the unheard last."""
     merged: dict[str, int] = {}
@@ -80,8 +97,7 @@ def shares(runs: Mapping[tuple[str, str], int], total: int, newest: Plain | None
     first = "" if newest is None else newest["release"]
     order = sorted(merged, key=lambda release: (release != first, -merged[release], release))
     shown, rest = order[:_SHOWN_RELEASES], order[_SHOWN_RELEASES:]
-    # The newest release has the first tone even while nobody runs it.
-    shift = 0 if not shown or shown[0] == first else 1
+    shift = _shift(order, first)
     parts = [
         (release, release, _SHARES[min(place + shift, 3)], merged[release])
         for place, release in enumerate(shown)

@@ -12,6 +12,8 @@ from fastapi.responses import JSONResponse
 from controller.http.dashboard import rendering
 from controller.http.session import LoginNeeded
 
+_LISTS = frozenset({"rollouts", "devices", "releases", "decisions"})
+
 
 def install(app: FastAPI) -> None:
     """Wrap every handler of problems: a browser's page gets a page that says the same."""
@@ -38,10 +40,13 @@ def _of_a_person(request: Request, response: Response) -> bool:
 
 def _page(request: Request, response: Response) -> Response:
     problem = json.loads(bytes(response.body))
-    page = rendering.page(
-        request, "refusal.html", None, {"problem": problem, "title": problem["title"]},
-        response.status_code,
-    )  # fmt: skip
+    above = request.url.path.strip("/").partition("/")[0]
+    shown = {
+        "problem": problem,
+        "title": problem["title"],
+        "up": above if above in _LISTS and response.status_code == 404 else "",
+    }
+    page = rendering.page(request, "refusal.html", None, shown, response.status_code)
     for name, text in response.headers.items():
         if name in ("retry-after", "www-authenticate"):
             page.headers[name] = text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.commands import allowed
+from controller.http.dashboard.figures import percent
 from controller.http.dashboard.signs import Sign, Tone, sign
 from controller.http.dashboard.tally import Tally, members, standing
 from controller.roles import Principal, Right
@@ -121,9 +122,18 @@ def _limits(step: Plain) -> tuple[str, ...]:
         found.append(f"at most {step['max_per_minute']:,} a minute")
     if step.get("pause") is not None:
         found.append("waits for `promote`")
-    for name, margin in sorted((step.get("margins") or {}).items()):
-        found.append(f"margin {name} {margin:g}")
+    margins = sorted((step.get("margins") or {}).items())
+    if margins:
+        found.append("must refute " + ", ".join(_margin(name, value) for name, value in margins))
     return tuple(found)
+
+
+def _margin(name: str, value: float) -> str:
+    if name in ("failed", "lost"):  # shares of devices
+        return f"{percent(value)} {name}"
+    if name == "ratio":
+        return f"{value:g} × control"
+    return f"{name.replace('_', ' ')} {value:g}"
 
 
 def _soak(one: Plain, step: Plain) -> str:

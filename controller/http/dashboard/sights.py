@@ -98,9 +98,10 @@ def _overview(eyes: Eyes, _: str) -> Plain:
         "online": sum(card.online for card in cards),
         "asks": asks,
         "shares": [
-            over_time(name, component, days, eyes.now)
+            (share, overview.tones(share, by_fleet.get(name)))
             for name, one in sorted(counts.items())
             for component, days in sorted(one.moves.items())
+            for share in (over_time(name, component, days, eyes.now),)
         ],
         "moving": rows_of(told.values()),
         "orders": lookups.orders_pending(conn),

@@ -34,11 +34,11 @@
     return found.replace(/^rgb\((.*)\)$/, "rgba($1, 0.22)");
   }
 
-  // `24 Nov 02:14`, as everywhere on these pages.
-  function moment(ts) {
+  // `24 Nov 02:14`, as everywhere on these pages; with seconds where minutes do not tell apart.
+  function moment(ts, seconds) {
     const at = new Date(ts * 1000);
     const month = at.toLocaleString("en", { month: "short", timeZone: "UTC" });
-    return `${at.getUTCDate()} ${month} ${at.toISOString().slice(11, 16)}`;
+    return `${at.getUTCDate()} ${month} ${at.toISOString().slice(11, seconds ? 19 : 16)}`;
   }
 
   function draw() {
@@ -60,6 +60,9 @@
     const grid = colour(box, "--line");
     const dim = colour(box, "--dim");
     const ratio = table.dataset.what.includes("ratio");
+    const rows = read(table);
+    const brief = rows[0][rows[0].length - 1] - rows[0][0] < 900;
+    const tell = (ts) => moment(ts, brief);
     const dots = { show: false };
     const axis = { stroke: dim, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid } };
     plot = new uPlot({
@@ -69,16 +72,16 @@
       scales: { x: { time: true }, y: { distr: ratio ? 3 : 1 } },
       cursor: { drag: { x: false, y: false } },
       bands: [{ series: [3, 2], fill: faint(band) }],
-      axes: [{ ...axis, space: 90, values: (_, ticks) => ticks.map(moment) }, { ...axis, size: 56 }],
+      axes: [{ ...axis, space: brief ? 120 : 90, values: (_, ticks) => ticks.map(tell) }, { ...axis, size: 56 }],
       series: [
-        { label: "UTC", value: (_, ts) => (ts === null ? "–" : moment(ts)) },
+        { label: "UTC", value: (_, ts) => (ts === null ? "–" : tell(ts)) },
         { label: "estimate", stroke: line, width: 2, points: { show: true, size: 5 } },
         { label: "band from", stroke: band, width: 1, points: dots },
         { label: "to", stroke: band, width: 1, points: dots },
         { label: "limit", stroke: limit, width: 2, dash: [6, 4], points: dots },
       ],
       hooks: { setCursor: [rest] },
-    }, read(table), box);
+    }, rows, box);
     rest(plot);
   }
 

@@ -19,11 +19,13 @@
   }
 
   function read(table) {
-    const names = Array.from(table.tHead.rows[0].cells).slice(1).map((cell) => cell.textContent);
+    const heads = Array.from(table.tHead.rows[0].cells).slice(1);
+    const names = heads.map((cell) => cell.textContent);
+    const tones = heads.map((cell) => TONES[Math.min(Number(cell.dataset.tone), TONES.length - 1)]);
     const rows = Array.from(table.tBodies[0].rows);
     const days = rows.map((row) => Date.parse(row.querySelector("time").dateTime) / 1000);
     const counts = names.map((_, i) => rows.map((row) => Number(row.cells[i + 1].dataset.v)));
-    return { names, days, counts };
+    return { names, tones, days, counts };
   }
 
   // `24 Nov`, as everywhere on these pages.
@@ -39,9 +41,9 @@
     const table = all.find((one) => one.dataset.share === shown) || all[0];
     if (!table) { box.hidden = true; return; }
     shown = table.dataset.share;
-    const { names, days, counts } = read(table);
+    const { names, tones, days, counts } = read(table);
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const key = JSON.stringify([shown, names, counts, all.length, innerWidth, dark]);
+    const key = JSON.stringify([shown, names, tones, counts, all.length, innerWidth, dark]);
     if (box.dataset.key === key) return;
     box.dataset.key = key;
     box.hidden = false;
@@ -64,8 +66,8 @@
         { label: "day", value: (_, ts) => (ts === null ? "–" : day(ts)) },
         ...order.map((i) => ({
           label: names[i],
-          stroke: colour(box, TONES[i % TONES.length]),
-          fill: colour(box, TONES[i % TONES.length]),
+          stroke: colour(box, tones[i]),
+          fill: colour(box, tones[i]),
           width: 1,
           points: { show: false },
           value: (u, _, __, at) => (at === null || at === undefined ? "–" : String(counts[i][at])),
