@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from controller.cli.errors import Failed
-from controller.cli.options import SERVER, Format, Output, Server, Token
+from controller.cli.options import SERVER, Format, Output, Server, Token, typed
 
 _STATES = ("waiting", "granted", "void")
 
@@ -52,7 +52,7 @@ def approve(
     verb = "reject" if reject else "approve"
     if digest is None and not reject and sys.stdin.isatty():
         typer.confirm(f"Approve exactly this ({what} --show has all of it)?", abort=True)
-    body = {"digest": digest or asked["digest"], "reason": reason, "breakGlass": break_glass}
+    body = {"digest": digest or asked["digest"], "reason": typed(reason), "breakGlass": break_glass}
     done = api.post(f"/approvals/{asked['id']}:{verb}", body)
     if output is Output.JSON:
         show.as_json(done)

@@ -31,3 +31,8 @@ Database = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would reach; change nothing.")]
 SERVER = "http://127.0.0.1:8420"
+
+
+def typed(text: str) -> str:
+    """As it can be sent and stored: bytes of another encoding keep no rollback waiting."""
+    return text.encode(errors="replace").decode()

@@ -23,6 +23,7 @@ from controller.cli.options import (
     Server,
     StateDir,
     Token,
+    typed,
 )
 
 _HELP = {
@@ -85,7 +86,7 @@ def _command(kind: str) -> Callable[..., None]:
         output: Format = Output.TABLE,
     ) -> None:
         body = {"reason": reason, "incident": incident, "to": to, "hold": hold}
-        given: dict[str, Any] = {name: _typed(text) for name, text in body.items() if text}
+        given: dict[str, Any] = {name: typed(text) for name, text in body.items() if text}
         if scope := _scope(cohort, step, device, label):
             given["scope"] = scope
         _belongs(kind, given)
@@ -116,13 +117,13 @@ def _scope(
     """The part of the fleet that was named; empty for all of it."""
     found: dict[str, Any] = {}
     if cohort:
-        found["cohort"] = cohort
+        found["cohort"] = typed(cohort)
     if step is not None:
         found["step"] = step - 1
     if device:
-        found["devices"] = device
+        found["devices"] = [typed(one) for one in device]
     if label:
-        pairs = [one.partition("=") for one in label]
+        pairs = [typed(one).partition("=") for one in label]
         if not all(key and sign for key, sign, _ in pairs):
             raise Failed("--label: write KEY=VALUE", 2)
         found["selector"] = {"matchLabels": {key: value for key, _, value in pairs}}
@@ -151,7 +152,7 @@ def stop(
     if scope not in _SCOPES:
         raise Failed(f"--scope {scope}: one of {', '.join(_SCOPES)}", 2)
     body = {"scope": scope, "value": value, "reason": reason, "incident": incident or ""}
-    given: dict[str, Any] = {name: _typed(text) for name, text in body.items() if text}
+    given: dict[str, Any] = {name: typed(text) for name, text in body.items() if text}
     if end:
         given["lift"] = True
     if break_glass:
@@ -162,11 +163,6 @@ def stop(
     from controller.cli.client import Api
 
     _show(Api(server, token).post("/stop", given, dry_run=dry_run), output)
-
-
-def _typed(text: str) -> str:
-    """As it can be sent and stored: bytes of another encoding keep no rollback waiting."""
-    return text.encode(errors="replace").decode()
 
 
 def _remote(

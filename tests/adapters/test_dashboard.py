@@ -27,7 +27,15 @@ from controller.rollout.model import Arm, Member, MemberState
 from controller.store import approvals, lookups, views
 from controller.store import rollouts as store
 from controller.store.database import open_control
-from controller.store.tables import commands, devices, holds, member_counts, members, rollouts
+from controller.store.tables import (
+    audit,
+    commands,
+    devices,
+    holds,
+    member_counts,
+    members,
+    rollouts,
+)
 from controller.tokens import Role
 from telemetry.store import tables as heard
 from telemetry.store.database import open_engine, reading, writing
@@ -439,6 +447,15 @@ def test_a_stop_that_stops_nothing_says_so_on_the_page(house: Any) -> None:
         assert done.status_code == status
     assert "NOTHING that we know is in it" in done.text
     assert "In force: product ue" in done.text
+
+
+def test_a_stop_from_its_page_names_its_incident(house: Any) -> None:
+    said = {**form(house.client, "/stop"), "scope": "all", "reason": "smoke", "incident": "INC-7"}
+    said.pop("lift", None)
+    assert house.client.post("/stop", data=said, headers=HTML).status_code == 200
+    with reading(house.deps.engine) as conn:
+        told = conn.execute(select(audit.c.detail).where(audit.c.action == "stop")).scalars().all()
+    assert [one["incident"] for one in told] == ["INC-7"]
 
 
 def test_a_notice_is_one_text_beside_its_sign(house: Any) -> None:

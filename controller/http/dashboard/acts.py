@@ -204,6 +204,9 @@ def _name_typed(
 # -- stop -----------------------------------------------------------------------------------------
 
 
+_STOP_FIELDS = ("scope", "value", "reason", "incident", "lift")
+
+
 def _stop_dialog(
     page: Scene, typed: Mapping[str, str], code: int = 200, why: str = "", said: str = ""
 ) -> Response:
@@ -218,7 +221,7 @@ def _stop_dialog(
         "may_end": page.who.may_everywhere(Right.START),
         "why": why,
         "said": said,
-        "typed": {name: typed.get(name, "") for name in ("scope", "value", "reason", "lift")},
+        "typed": {name: typed.get(name, "") for name in _STOP_FIELDS},
         "title": "Stop",
     }
     return rendering.page(page.request, "stop.html", page.who, shown, status=code)
@@ -231,6 +234,7 @@ def _record_stop(page: Scene, fields: Mapping[str, str]) -> str:
         "scope": fields.get("scope", ""),
         "value": text_of(fields, "value"),
         "reason": text_of(fields, "reason"),
+        "incident": text_of(fields, "incident") or None,
         "lift": ends,
     })  # fmt: skip
     recorded = commands.record(
@@ -240,7 +244,7 @@ def _record_stop(page: Scene, fields: Mapping[str, str]) -> str:
         body={"scope": body.scope, "value": body.value, **({"lift": True} if ends else {})},
         actor=page.who.name,
         reason=body.reason,
-        incident=None,
+        incident=body.incident,
         if_revision=None,
         now=page.deps.clock(),
     )
