@@ -21,6 +21,7 @@ from typing import Any
 from controller.orders import Issuer
 from controller.press import Press
 from controller.rollout import desired, holdout, recovery, retreat, scope, withholding
+from controller.rollout.follow import LINK_WAS_DOWN
 from controller.rollout.model import (
     ActiveHold,
     Device,
@@ -172,6 +173,7 @@ class Dispatch:
             or self._stale(last, row, now)
             or _back_there(place, target)
             or _told_once_more(place)
+            or (place.failed and self._excused(world, place))
         )
         if not (again or desired.differs(target, last, place.running)):
             return None
@@ -182,6 +184,16 @@ class Dispatch:
         if place.foreign and not _leads_away(place, target) and not self._settled(row, now):
             return None
         return press.order(place.device, target, last, row)
+
+    def _excused(self, world: World, place: desired.Place) -> bool:
+        """Did it go back for want of a link while ours was down, and miss the rollout's end?"""
+        last, device = place.last, place.device.id
+        return last is not None and any(
+            (member := world.members[name][device]).reason == LINK_WAS_DOWN
+            and member.updated_at >= last.at
+            and world.rollouts[name].state is RolloutState.COMPLETED
+            for name in self._memberships.get(device, ())
+        )
 
     def _settled(self, row: DeviceRow | None, now: float) -> bool:
         """Has this stranger been in touch with us for long enough? Not yet: noted."""

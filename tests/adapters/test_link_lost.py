@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import select
 
 from controller.store.tables import holds
@@ -11,7 +13,7 @@ from telemetry.store.database import reading
 from .story import DIGESTS, MARGINS, Story, base, rollout
 
 CANARIES = [f"car-{i:02}" for i in range(12)]
-STEPS = [
+STEPS: list[dict[str, object]] = [
     {"cohort": "canary", "soak": "3s", "maxSoak": "200s", "margins": MARGINS},
     {"cohort": "general", "soak": "3s", "maxSoak": "200s", "margins": MARGINS},
 ]
@@ -42,9 +44,9 @@ def outage(story: Story, seconds: int = 12) -> None:
     story.world.deaf_since = None
 
 
-def canary(story: Story, **strategy: object) -> None:
+def canary(story: Story, steps: Sequence[dict[str, object]] = STEPS, **strategy: object) -> None:
     """The canaries try app-2 when an outage of ours begins; the road is back, and so are they."""
-    story.commit(*base(), rollout("cars", "app-2", STEPS, strategy=strategy))
+    story.commit(*base(), rollout("cars", "app-2", [*steps], strategy=strategy))
     story.run(2, work=False)
     on_trial(story, *CANARIES)
     story.run(2, work=False)
@@ -150,3 +152,32 @@ def test_who_is_told_once_more_is_held_back_by_a_rollback_like_all_others(story:
         assert story.world.orders[name][-1].components["app"].digest == DIGESTS["1"]
     story.run(20)
     assert story.versions() == {"1": 40}
+
+
+def test_who_was_away_when_the_rollout_ended_is_told_once_more_at_its_return(story: Story) -> None:
+    loose = {"failed": "50%", "lost": "50%"}
+    canary(story, [{**step, "margins": loose} for step in STEPS])
+    story.run(1, work=False)  # all are told once more
+    others = [name for name in story.world.rows if name != "car-05"]
+    story.world.work(*[name for name in CANARIES if name != "car-05"])
+    on_trial(story, "car-05")
+    outage(story)
+    story.command("pause")
+    lose_their_link(story, "car-05")
+    for _ in range(60):  # it drives off before anybody may be told
+        story.world.now, story.world.heard = story.world.now + 1, story.world.heard + 1
+        story.loop.tick(story.world.now)
+        story.world.work(*others)
+    story.command("resume")
+    for _ in range(60):
+        story.world.now, story.world.heard = story.world.now + 1, story.world.heard + 1
+        story.loop.tick(story.world.now)
+        story.world.work(*others)
+    assert story.rollout().state == "Completed"
+    assert story.versions() == {"1": 1, "2": 39}
+    story.run(3)
+    assert story.versions() == {"2": 40}
+    told = len(story.world.orders["car-05"])
+    lose_their_link(story, "car-05")  # whatever it says now: the release is proven, and told it
+    story.run(3, work=False)
+    assert len(story.world.orders["car-05"]) == told
