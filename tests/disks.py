@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 
 @contextmanager
 def small(place: Path, mebibytes: int) -> Iterator[bool]:
@@ -20,6 +22,15 @@ def small(place: Path, mebibytes: int) -> Iterator[bool]:
     finally:
         if mounted:
             subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@contextmanager
+def small_or_skip(place: Path, mebibytes: int) -> Iterator[Path]:
+    """The same, for a test that says nothing without it."""
+    with small(place, mebibytes) as mounted:
+        if not mounted:
+            pytest.skip("only root may mount a small file system here")
+        yield place
 
 
 def fill(place: Path) -> Path:

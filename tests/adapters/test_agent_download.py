@@ -16,7 +16,7 @@ from device_agent.machine import FetchRefused, hash_file
 from device_agent.protocol import Reason
 from device_agent.reserve import LAST
 from device_agent.work import Item
-from tests.disks import fill, small
+from tests.disks import fill, small_or_skip
 
 BODY = bytes(range(256)) * 1000
 QUICK = Patience(deadline=20.0, timeout=2.0, first_wait=0.01, longest_wait=0.02)
@@ -179,9 +179,7 @@ def test_a_disk_that_fills_meanwhile_gets_its_room_back(
         fill(disk)
         whole(request, number)
 
-    with small(disk, 8) as mounted:
-        if not mounted:
-            pytest.skip("only root may mount a small file system here")
+    with small_or_skip(disk, 8):
         with pytest.raises(FetchRefused) as refused:
             fetch(disk / "x", item(serve(Site(cut, and_then_it_is_full))))
         assert refused.value.reason is Reason.DISK_FULL

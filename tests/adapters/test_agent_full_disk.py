@@ -17,7 +17,7 @@ from device_agent.journal import Journal
 from device_agent.outbox import Outbox
 from device_agent.protocol import Channel, Kind, Reason, State
 from device_agent.reserve import LAST, SIZE, Reserve, room
-from tests.disks import fill, small
+from tests.disks import fill, small_or_skip
 
 from .one_device import Device, Server, order
 
@@ -26,10 +26,8 @@ ROOM = 24  # MiB
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    with small(tmp_path / "disk", ROOM) as mounted:
-        if not mounted:
-            pytest.skip("only root may mount a small file system here")
-        yield tmp_path / "disk"
+    with small_or_skip(tmp_path / "disk", ROOM) as place:
+        yield place
 
 
 @pytest.fixture
@@ -138,12 +136,10 @@ def test_what_is_shed_goes_with_its_count_or_stays(
 
 
 def test_a_disk_without_room_for_it_keeps_nothing_and_loses_nothing(tmp_path: Path) -> None:
-    with small(tmp_path / "tiny", 5) as mounted:
-        if not mounted:
-            pytest.skip("only root may mount a small file system here")
-        reserve = Reserve(tmp_path / "tiny/reserve")
-        outbox = Outbox(tmp_path / "tiny/outbox.db", reserve)
-        assert not (tmp_path / "tiny/reserve").exists()
+    with small_or_skip(tmp_path / "tiny", 5) as tiny:
+        reserve = Reserve(tiny / "reserve")
+        outbox = Outbox(tiny / "outbox.db", reserve)
+        assert not (tiny / "reserve").exists()
         outbox.put("b", 1, Channel.HEALTH, b"x")
         assert len(outbox) == 1
 

@@ -14,9 +14,9 @@ from controller.controller_role import _Turns
 from controller.store import rollouts as store
 from controller.store.tables import stops
 from telemetry.store.database import reading, writing
-from tests.disks import fill, small
+from tests.disks import fill, small_or_skip
 
-from .story import Story, base, rollout
+from .story import Story, base, forty, rollout
 
 ROOM = 96  # MiB
 
@@ -24,18 +24,11 @@ ROOM = 96  # MiB
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system of this test's own."""
-    with small(tmp_path / "disk", ROOM) as mounted:
-        if not mounted:
-            pytest.skip("only root may mount a small file system here")
-        yield tmp_path / "disk"
+    with small_or_skip(tmp_path / "disk", ROOM) as place:
+        yield place
 
 
 def _begin(cars: Story) -> Story:
-    names = [f"car-{i:02}" for i in range(40)]
-    cars.enrol(*names[:12], model="m3", ring="canary")
-    cars.enrol(*names[12:], model="m3")
-    for name in names:
-        cars.world.join(name, {"app": ("app-1", "sha256:" + format(0, "064x"))})
     cars.commit(*base(), rollout("cars", "app-2", [
         {"cohort": "canary", "soak": "1h", "maxSoak": "2h"},
         {"cohort": "general", "soak": "1h", "maxSoak": "2h"},
@@ -56,7 +49,7 @@ class Always:
 
 
 def test_a_rollback_works_when_the_disk_is_full(disk: Path) -> None:
-    cars = _begin(Story(disk))
+    cars = _begin(forty(disk))
     assert (disk / "control.db.ballast").stat().st_blocks * 512 >= ballast.SIZE
     fill(disk)
     with pytest.raises(OperationalError, match="full"), writing(cars.engine) as conn:
@@ -69,7 +62,7 @@ def test_a_rollback_works_when_the_disk_is_full(disk: Path) -> None:
 
 
 def test_the_loop_frees_the_room_for_its_own_stop_and_for_nothing_else(disk: Path) -> None:
-    cars = _begin(Story(disk))
+    cars = _begin(forty(disk))
     turns = _Turns(cars.loop, cars.engine, Always(), Always(), cars.loop._issuer.term)
     fill(disk)
     cars.commit(*base(), rollout("cars", "app-3"))
@@ -86,7 +79,7 @@ def test_the_loop_frees_the_room_for_its_own_stop_and_for_nothing_else(disk: Pat
 
 
 def test_the_room_is_laid_again_and_never_takes_the_last_of_it(disk: Path) -> None:
-    cars = _begin(Story(disk))
+    cars = _begin(forty(disk))
     file = disk / "control.db.ballast"
     file.unlink()
     fill(disk)
